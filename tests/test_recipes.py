@@ -1,0 +1,155 @@
+"""Recipes: parameters that papermill can show as help and that agree with their dataclass, and a run of each at smoke scale."""
+import ast
+import dataclasses
+import importlib
+import inspect
+import re
+import typing
+from pathlib import Path
+from types import UnionType
+from typing import Literal, Union, get_args, get_origin
+
+import papermill
+import pytest
+
+from notebooks import ROOT, Declaration, declarations, find_notebooks, parameters, parameters_source
+
+RECIPES = find_notebooks(under="nbs/recipes")
+PARAMETERISED = [p for p in find_notebooks() if parameters_source(p) is not None]
+
+# Parameters that make a recipe small enough for a test; "{out}" stands for an empty folder. Every recipe has an entry.
+SMOKE: dict[str, dict] = {
+    "quickstart": dict(data="phantom:100", out="{out}", steps=4, batch_size=8, patients=6, partners=2),
+}
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT / "nbs").with_suffix("").as_posix()
+
+
+def config_class(path: Path) -> type | None:
+    "The dataclass that a line `# config: package.module.Class` of the parameters cell names, or None."
+    found = re.search(r"^# config: ([\w.]+)\.(\w+)\s*$", parameters_source(path), re.M)
+    return getattr(importlib.import_module(found[1]), found[2]) if found else None
+
+
+def field_declarations(cls: type) -> dict[str, Declaration]:
+    "The fields of a dataclass as its source, and that of its bases, declares them."
+    found = {}
+    for base in reversed(cls.__mro__):
+        if not dataclasses.is_dataclass(base): continue
+        source = inspect.getsource(importlib.import_module(base.__module__))
+        body = next(n.body for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ClassDef) and n.name == base.__name__)
+        found |= {d.name: d for d in declarations([n for n in body if isinstance(n, ast.AnnAssign)], source)}
+    return {f.name: found[f.name] for f in dataclasses.fields(cls)}
+
+
+def default_value(cls: type, name: str):
+    "What the dataclass has where nothing is given."
+    f = next(f for f in dataclasses.fields(cls) if f.name == name)
+    return f.default_factory() if f.default is dataclasses.MISSING and f.default_factory is not dataclasses.MISSING else f.default
+
+
+def widened(hint):
+    "A type as a parameters cell can write it: papermill's pattern knows no quotes, so a Literal becomes the type of its values."
+    if get_origin(hint) is Literal: return Union[tuple(type(v) for v in get_args(hint))]
+    if get_origin(hint) in (Union, UnionType): return Union[tuple(map(widened, get_args(hint)))]
+    return hint
+
+
+def incomplete(cell: list[Declaration]) -> list[str]:
+    "Lines of a parameters cell that lack a type, a default or a comment."
+    return [d.name for d in cell if not (d.type and d.default and d.comment)]
+
+
+def disagreements(cell: list[Declaration], cls: type) -> list[str]:
+    "Where a parameters cell and its dataclass differ in name, type, default or comment."
+    fields, hints, given = field_declarations(cls), typing.get_type_hints(cls), {d.name: d for d in cell}
+    res = [f"{n} is no field of {cls.__name__}" for n in given.keys() - fields.keys()]
+    res += [f"{n} of {cls.__name__} is no parameter" for n in fields.keys() - given.keys()]
+    for n in given.keys() & fields.keys():
+        value, default = ast.literal_eval(given[n].default), default_value(cls, n)
+        if widened(eval(given[n].type, vars(typing))) != widened(hints[n]): res.append(f"{n}: type {given[n].type}, in the dataclass {fields[n].type}")
+        if (value, type(value)) != (default, type(default)): res.append(f"{n}: default {value!r}, in the dataclass {default!r}")
+        if given[n].comment != fields[n].comment: res.append(f"{n}: comment {given[n].comment!r}, in the dataclass {fields[n].comment!r}")
+    return sorted(res)
+
+
+@pytest.mark.parametrize("path", PARAMETERISED, ids=name)
+def test_every_parameter_has_type_default_and_comment(path):
+    lacking = incomplete(parameters(path))
+    assert not lacking, f"{name(path)}: without type, default or comment: {lacking}"
+
+
+@pytest.mark.parametrize("path", PARAMETERISED, ids=name)
+def test_papermill_shows_every_parameter(path):
+    "`papermill --help-notebook` reads lines by a pattern of its own: no `|` or quote in a type, no second `=` in a line."
+    seen = {n: p["help"] for n, p in papermill.inspect_notebook(str(path)).items()}
+    assert seen == {d.name: d.comment for d in parameters(path)}
+
+
+@pytest.mark.parametrize("path", PARAMETERISED, ids=name)
+def test_parameters_agree_with_their_dataclass(path):
+    cls = config_class(path)
+    assert path not in RECIPES or cls, f"{name(path)}: the parameters cell names no dataclass (`# config: anatcxr.train.config.Name`)"
+    found = disagreements(parameters(path), cls) if cls else []
+    assert not found, f"{name(path)}: " + "; ".join(found)
+
+
+def test_every_recipe_is_parameterised():
+    "So that the tests above leave none out in silence."
+    assert set(RECIPES) <= set(PARAMETERISED), f"no cell tagged parameters: {[name(p) for p in set(RECIPES) - set(PARAMETERISED)]}"
+    assert set(SMOKE) <= {p.stem for p in RECIPES}, "SMOKE in this file names recipes that are gone"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name)
+def test_recipe_runs(path, tmp_path):
+    assert path.stem in SMOKE, f"add smoke parameters for {path.stem} to SMOKE in this file"
+    known = {d.name for d in parameters(path)}
+    values = {k: v.format(out=tmp_path / "out") if isinstance(v, str) else v for k, v in SMOKE[path.stem].items()}
+    assert values.keys() <= known, f"SMOKE[{path.stem!r}] has unknown parameters {values.keys() - known}"
+    papermill.execute_notebook(str(path), str(tmp_path / path.name), parameters=values, cwd=str(tmp_path),
+                               kernel_name="python3", progress_bar=False, log_output=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    "For the tests of the tests below."
+    steps: int = 10  # optimiser steps
+    lr: float = 1e-3  # learning rate
+
+
+@dataclasses.dataclass(frozen=True)
+class Child(Base):
+    steps: int = 20  # fewer
+    sizes: tuple = (1, 2)  # two of them
+    scale: Literal["smoke", "full"] | None = None  # how large
+
+
+def parsed(source: str) -> list[Declaration]:
+    return declarations(ast.parse(source).body, source)
+
+
+AGREES = "steps: int = 20  # fewer\nlr: float = 0.001  # learning rate\nsizes: tuple = (1, 2)  # two of them\nscale: Optional[str] = None  # how large"
+
+
+def test_comparison_accepts_what_agrees():
+    assert disagreements(parsed(AGREES), Child) == []
+
+
+@pytest.mark.parametrize("old, new, problem", [
+    ("steps: int = 20", "steps: int = 21", "steps: default 21, in the dataclass 20"),
+    ("steps: int = 20", "steps: int = 20.0", "steps: default 20.0, in the dataclass 20"),
+    ("steps: int", "steps: float", "steps: type float, in the dataclass int"),
+    ("Optional[str]", "Optional[int]", "scale: type Optional[int], in the dataclass Literal['smoke', 'full'] | None"),
+    ("# learning rate", "# step size", "lr: comment 'step size', in the dataclass 'learning rate'"),
+    ("steps: int", "step: int", "step is no field of Child"),
+    ("sizes: tuple = (1, 2)  # two of them", "", "sizes of Child is no parameter"),
+])
+def test_comparison_finds_what_differs(old, new, problem):
+    assert problem in disagreements(parsed(AGREES.replace(old, new)), Child)
+
+
+@pytest.mark.parametrize("line", ["steps = 20  # fewer", "steps: int = 20", "steps: int  # fewer", "print(1)  # fewer"])
+def test_incomplete_parameters_are_found(line):
+    assert len(incomplete(parsed(line))) == 1

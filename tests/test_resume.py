@@ -1,0 +1,93 @@
+"""A killed run, resumed, ends with the bits of an uninterrupted one; two processes compute what one does."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from anatcxr.train.config import PretrainPEAC
+from anatcxr.train.pretrain import main, pretrain
+from anatcxr.train.record import load_checkpoint, read_metrics, read_record, state_hash
+
+STEPS, EPOCH = 30, 8  # 64 images in batches of 8
+SETTINGS = dict(data="phantom:64", backbone="micro_vit", n=6, m=16, k=4, mlp_global="64-64-64", mlp_local="32-32-32",
+                steps=STEPS, batch_size=8, save_every=5, log_every=1, device="cpu")
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+TIMES = {"images_per_s", "wait"}
+
+
+def command(out: Path, *launcher: str, **settings) -> list[str]:
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in {**SETTINGS, "out": out, **settings}.items()]
+    # the lone -- keeps torchrun from taking --n for one of its own options
+    dashes = ["--"] if launcher else []
+    return [sys.executable, *launcher, "-m", "anatcxr.train.pretrain", *dashes, "peac", "--no-progress", *flags]
+
+
+def run(*args, **kw):
+    done = subprocess.run(command(*args, **kw), env=ENV, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def lines(out: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(out / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("whole")
+    run(out)
+    return out
+
+
+def kill_when(out: Path, step: int):
+    """Start a run and kill it, without warning, once it has logged `step`."""
+    with open(out / "stderr.txt", "w") as log:
+        p = subprocess.Popen(command(out), env=ENV, stdout=log, stderr=log)
+        try:
+            limit = time.monotonic() + 240
+            while time.monotonic() < limit and p.poll() is None:
+                rows = read_metrics(out / "metrics.jsonl")
+                if rows and rows[-1]["step"] >= step: break
+                time.sleep(.01)
+            assert p.poll() is None, (out / "stderr.txt").read_text()[-3000:]
+        finally:
+            p.send_signal(signal.SIGKILL)
+            p.wait()
+
+
+def test_killed_twice_and_resumed(whole, tmp_path):
+    kill_when(tmp_path, 2)   # before the first checkpoint
+    kill_when(tmp_path, 12)  # in mid-epoch
+    saved = load_checkpoint(tmp_path / "checkpoint.pt")
+    assert 0 < saved["step"] < STEPS and saved["step"] % EPOCH
+    assert not (tmp_path / "record.json").exists()
+    run(tmp_path)
+    ends = [load_checkpoint(folder / "checkpoint.pt") for folder in (whole, tmp_path)]
+    for part in ("method", "optimizer"):
+        assert state_hash(ends[0][part]) == state_hash(ends[1][part])
+    assert lines(whole) == lines(tmp_path)
+    assert read_record(whole).weights_hash == read_record(tmp_path).weights_hash
+    exports = [(folder / "encoder_teacher.safetensors").read_bytes() for folder in (whole, tmp_path)]
+    assert exports[0] == exports[1]
+
+
+def test_truncated_checkpoint_stops_the_command_and_stays(whole, tmp_path):
+    half = (whole / "checkpoint.pt").read_bytes()
+    (tmp_path / "checkpoint.pt").write_bytes(half[:len(half) // 2])
+    with pytest.raises(SystemExit, match="CheckpointError: .*resume=False"):
+        main(command(tmp_path)[3:])
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_two_processes_compute_what_one_does(tmp_path):
+    settings = dict(steps=6, save_every=6, drop_path=0.)  # drop-path draws per process
+    one = pretrain(PretrainPEAC.from_params(**{**SETTINGS, **settings, "out": str(tmp_path / "one"), "progress": False}))
+    run(tmp_path / "two", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", **settings)
+    two = lines(tmp_path / "two")
+    assert len(two) == 6
+    for a, b in zip(one.history.to_dict("records"), two):
+        for key in [k for k in a if k.startswith("loss")] + ["grad_norm"]:
+            assert a[key] == pytest.approx(b[key], rel=2e-3, abs=1e-5), (key, a["step"])
