@@ -54,7 +54,7 @@ def html_report(
     notebook: Path,  # an executed notebook
 ) -> Path:           # the page, beside the notebook
     "Render a notebook's prose and outputs, without code, as one HTML file."
-    body, _ = HTMLExporter(exclude_input=True, exclude_output_prompt=True, embed_images=True).from_filename(str(notebook))
+    body, _ = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, embed_images=True).from_filename(str(notebook))
     page = notebook.with_suffix(".html")
     page.write_text(body)
     return page

@@ -20,6 +20,7 @@ PARAMETERISED = [p for p in find_notebooks() if parameters_source(p) is not None
 # Parameters that make a recipe small enough for a test; "{out}" stands for an empty folder. Every recipe has an entry.
 SMOKE: dict[str, dict] = {
     "quickstart": dict(data="phantom:100", out="{out}", steps=4, batch_size=8, patients=6, partners=2),
+    "benchmark": dict(out="{out}", size=112, batch=2, repeats=1, phantoms=2),
 }
 
 

@@ -21,19 +21,21 @@ class PublishError(RuntimeError):
 
 def publishing() -> bool:
     "Whether outputs of this process will be published: `CI` or `ANATCXR_PUBLISH` is set."
-    return any(os.environ.get(v, "").lower() not in ("", "0", "false") for v in ("CI", "ANATCXR_PUBLISH"))
+    values = (os.environ.get(v, "").lower() for v in ("CI", "ANATCXR_PUBLISH"))
+    return any(v not in ("", "0", "false") for v in values)
 
 
 def check_publishable(
-    redistribution: Sequence[str] | str | None,  # the manifest's column, one entry per image; None: synthetic
+    redistribution: Sequence[str] | str | None,  # the manifest's column; None: synthetic
 ) -> None:
     "Raise `PublishError` if this process publishes and any row is not `ok`."
-    rows = [redistribution] if isinstance(redistribution, str) else list(() if redistribution is None else redistribution)
+    if redistribution is None: return
+    rows = [redistribution] if isinstance(redistribution, str) else list(redistribution)
     bad = [f"{i} ({r!r})" for i, r in enumerate(rows) if r != "ok"]
     if bad and publishing():
-        raise PublishError(f"{len(bad)} of {len(rows)} images may not be published: rows {', '.join(bad[:5])}"
-                           f"{' ...' if len(bad) > 5 else ''}; expected redistribution 'ok'. Show other rows, or unset CI and"
-                           " ANATCXR_PUBLISH to look at them on this machine only")
+        more = " ..." if len(bad) > 5 else ""
+        raise PublishError(f"{len(bad)} of {len(rows)} images may not be published: rows {', '.join(bad[:5])}{more}; expected"
+                           " redistribution 'ok'. Show other rows, or unset CI and ANATCXR_PUBLISH to look at them here only")
 
 # %% ../../nbs/1_data/07_show.ipynb #19ad513f
 def _split(images) -> list:
@@ -51,7 +53,7 @@ def as_array(image) -> np.ndarray:  # (H,W), (1,H,W) or (3,H,W) -> (H,W) or (H,W
     x = x.clamp(0, 1)
     if x.ndim == 3 and len(x) == 3 and not torch.equal(x[0], x[1]): return x.permute(1, 2, 0).numpy()
     if x.ndim == 3 and len(x) in (1, 3): x = x[0]
-    if x.ndim != 2: raise ValueError(f"image of shape {tuple(x.shape)}: expected (H,W), (1,H,W) or (3,H,W); index or stack it first")
+    if x.ndim != 2: raise ValueError(f"image of shape {tuple(x.shape)}: expected (H,W), (1,H,W) or (3,H,W)")
     return x.numpy()
 
 # %% ../../nbs/1_data/07_show.ipynb #0dc07fa3
@@ -80,7 +82,8 @@ def _draw_boxes(ax: Axes, boxes) -> None:
     "Outline one (x0,y0,x1,y1) box or several."
     if boxes is None or len(boxes) == 0: return
     for i, (x0, y0, x1, y1) in enumerate(np.asarray(boxes, float).reshape(-1, 4)):
-        ax.add_patch(plt.Rectangle((x0 - .5, y0 - .5), x1 - x0, y1 - y0, fill=False, ec=_CYCLE[i % len(_CYCLE)], lw=1.2))
+        colour = _CYCLE[i % len(_CYCLE)]
+        ax.add_patch(plt.Rectangle((x0 - .5, y0 - .5), x1 - x0, y1 - y0, fill=False, ec=colour, lw=1.2))
 
 
 def _draw_points(ax: Axes, points) -> None:
@@ -113,11 +116,13 @@ def show_images(
     images = _split(images)
     n, ncols = len(images), max(1, min(ncols, len(images)))
     nrows = max(1, -(-n // ncols))
-    fig, axes = plt.subplots(nrows, ncols, figsize=(ncols * size, nrows * size), dpi=80, squeeze=False, layout="constrained")
+    shape = ncols * size, nrows * (size + .15 * (titles is not None)) + .25 * bool(caption)   # room for text
+    fig, axes = plt.subplots(nrows, ncols, figsize=shape, dpi=80, squeeze=False, layout="constrained")
     for ax in axes.flat: ax.set_axis_off()
     for i, (ax, image) in enumerate(zip(axes.flat, images)):
         ax.imshow(as_array(image), cmap="gray", vmin=0, vmax=1)
-        for draw, what in ((_draw_masks, masks), (_draw_boxes, boxes), (_draw_points, points)): draw(ax, _nth(what, i, n))
+        for draw, what in ((_draw_masks, masks), (_draw_boxes, boxes), (_draw_points, points)):
+            draw(ax, _nth(what, i, n))
         if titles is not None: ax.set_title(_nth(titles, i, n), fontsize=7, pad=2)
     if caption: fig.suptitle(caption, fontsize=9)
     return fig

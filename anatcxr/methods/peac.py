@@ -188,6 +188,7 @@ class PEAC(nn.Module):
                             f"coincide, so set m={backbone.stride}.")
         self.student = PEACBranch(backbone, cfg.mlp_global, cfg.mlp_local)
         self.teacher = EMATeacher(self.student, cfg.teacher_droppath) if set(cfg.arms) & set("gl") else None
+        self.encoders = ("student", "teacher") if self.teacher else ("student",)  # what a run exports
         L = cfg.k ** 2
         self.order_head = nn.Linear(backbone.dim, L) if "o" in cfg.arms else None
         self.decoder = PixelShuffleDecoder(backbone.dim, cfg.m, cfg.channels) if "a" in cfg.arms else None
@@ -259,7 +260,7 @@ class PEAC(nn.Module):
 
     def encoder(self, which: str = "student") -> Backbone:
         "The backbone of the student or of the teacher."
-        if which == "teacher" and self.teacher is None: raise PEACError(f"arms={self.cfg.arms!r} have no teacher; take the student")
+        if which not in self.encoders: raise PEACError(f"encoder {which!r}: arms={self.cfg.arms!r} have {self.encoders}")
         return (self.student if which == "student" else self.teacher.module).backbone
 
     @torch.no_grad()

@@ -34,11 +34,7 @@ from .record import (
     read_metrics, resume_metrics, save_checkpoint, split_stamp, stamp, state_hash, write_record)
 
 # %% ../../nbs/5_train/02_pretrain.ipynb #15ba7224
-def schedules(
-    cfg: LoopConfig,  # lr, min_lr, warmup, weight_decay, weight_decay_end
-    step: int,        # from 0
-    total: int,       # steps of the run
-) -> tuple[float, float]:
+def schedules(cfg: LoopConfig, step: int, total: int) -> tuple[float, float]:  # step from 0, steps of the run
     "Learning rate and weight decay of a step: linear warm-up, then cosine."
     progress = (step + .5) / total
     warmup = cfg.warmup if cfg.warmup < 1 else cfg.warmup / total
@@ -105,12 +101,8 @@ class NonFiniteLoss(RuntimeError):
     "A loss or a gradient is not finite; the message names the file with the batch."
 
 
-def checked(
-    job: Job,
-    numbers: dict[str, Tensor],  # losses and gradient norm of this process
-    **context,                   # step, epoch, seed, images, ids
-) -> dict[str, float]:           # averages over processes
-    "The step's numbers, or `NonFiniteLoss` and the offending batch in a file."
+def checked(job: Job, numbers: dict[str, Tensor], **context) -> dict[str, float]:  # context: step, images, ids, ...
+    "The step's numbers, averaged over processes; or `NonFiniteLoss`, and `context` in a file."
     values = job.acc.reduce(torch.stack([v.float() for v in numbers.values()]), "mean").tolist()
     mean = dict(zip(numbers, values))
     if not (bad := [k for k, v in mean.items() if not math.isfinite(v)]): return mean
@@ -126,9 +118,8 @@ def same_run(path: str | Path, content: dict, cfg: LoopConfig, data_hash: str):
     there, here = {**content["settings"], "data": content["data_hash"]}, {**cfg.fixed(), "data": data_hash}
     other = [f"{k} is {there.get(k)!r} there, {here.get(k)!r} here"
              for k in sorted({*there, *here}) if there.get(k) != here.get(k)]
-    if not other: return
-    raise CheckpointError(f"{path}: written by another run ({'; '.join(other)}). Use its settings to go on, choose "
-                          "another `out`, or start over with resume=False.")
+    if other: raise CheckpointError(f"{path}: written by another run ({'; '.join(other)}). Use its settings to go on, "
+                                    "choose another `out`, or start over with resume=False.")
 
 # %% ../../nbs/5_train/02_pretrain.ipynb #8f82b10e
 def batches(loader: Loader, step: int, total: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
@@ -145,7 +136,7 @@ def _accelerator(cfg: LoopConfig) -> Accelerator:
     "Device, precision and processes, whatever an earlier run in this Python used."
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there.get(cfg.device, True):
-        raise ConfigError(type(cfg).__name__, [f"device={cfg.device!r}: torch finds none here; use 'auto' or 'cpu'"])
+        raise ConfigError(type(cfg).__name__, [f"device={cfg.device!r}: torch finds none; use 'auto' or 'cpu'"])
     AcceleratorState._reset_state()
     if not torch.distributed.is_initialized(): PartialState._reset_state()
     ddp = DistributedDataParallelKwargs(find_unused_parameters=True)  # of arms that are off
@@ -182,8 +173,8 @@ def _step(job: Job, step: int, epoch: int, batch: tuple[Tensor, Tensor]) -> tupl
     job.optimizer.zero_grad()
     job.method.after_step((step + .5) / job.total)
     norm = numbers.pop("gradient norm")
-    return {"step": step + 1, "epoch": epoch, "loss": sum(numbers.values()), **{f"loss/{k}": v for k, v in numbers.items()},
-            "lr": lr, "weight_decay": decay, "grad_norm": norm}, views
+    losses = {"loss": sum(numbers.values())} | {f"loss/{k}": v for k, v in numbers.items()}
+    return {"step": step + 1, "epoch": epoch, **losses, "lr": lr, "weight_decay": decay, "grad_norm": norm}, views
 
 
 def _sentinels(job: Job, views, step: int) -> dict[str, float]:
@@ -192,11 +183,11 @@ def _sentinels(job: Job, views, step: int) -> dict[str, float]:
     with addressed_torch(job.cfg.seed, step, "sentinels", device=job.acc.device), job.acc.autocast():
         return {f"sentinel/{k}": float(v) for k, v in job.method.sentinels(views).items()}
 
-
+# %% ../../nbs/5_train/02_pretrain.ipynb #93b474dc
 def _save(job: Job, done: int, seconds: float):
-    save_checkpoint(job.folder / "checkpoint.pt", dict(
-        settings=job.cfg.fixed(), data_hash=job.data_hash, step=done, seconds=seconds,
-        method=job.method.state_dict(), optimizer=job.optimizer.state_dict()))
+    states = dict(method=job.method.state_dict(), optimizer=job.optimizer.state_dict())
+    about = dict(settings=job.cfg.fixed(), data_hash=job.data_hash, step=done, seconds=seconds)
+    save_checkpoint(job.folder / "checkpoint.pt", about | states)
 
 
 def _restore(job: Job) -> tuple[int, float]:
@@ -216,36 +207,32 @@ def _tidy(folder: Path, done: int):
     (folder / "record.json").unlink(missing_ok=True)
     if not done: (folder / "checkpoint.pt").unlink(missing_ok=True)
 
-# %% ../../nbs/5_train/02_pretrain.ipynb #f0fe0cb7
+# %% ../../nbs/5_train/02_pretrain.ipynb #0fe85507
 def _loop(job: Job, loader: Loader, done: int, seconds: float, on_step) -> float:
     "Steps `done` to the end; returns the seconds that the run has taken."
-    start, meter, cfg = time.perf_counter() - seconds, Meter(), job.cfg
-    quiet, pause = not (cfg.progress and job.acc.is_main_process), .5 if sys.stderr.isatty() else 5
-    with tqdm(initial=done, total=job.total, unit="step", disable=quiet, mininterval=pause) as bar:
+    start, meter, cfg, main = time.perf_counter() - seconds, Meter(), job.cfg, job.acc.is_main_process
+    with tqdm(initial=done, total=job.total, unit="step", mininterval=1, disable=not (cfg.progress and main)) as bar:
         for step, epoch, *batch in meter.waiting(batches(loader, done, job.total)):
             batch = [x.to(job.acc.device, non_blocking=True) for x in batch]
             row, views = _step(job, step, epoch, batch)
-            done, meter.images = step + 1, meter.images + cfg.batch_size
-            last = done == job.total
+            done, last, meter.images = step + 1, step + 1 == job.total, meter.images + cfg.batch_size
             if done % cfg.log_every == 0 or last:
                 row |= meter.read()
                 if done // cfg.log_every % 10 == 0 or last: row |= _sentinels(job, views, step)
-                if job.acc.is_main_process: append_metrics(job.folder / "metrics.jsonl", row)
+                if main: append_metrics(job.folder / "metrics.jsonl", row)
                 bar.set_postfix_str("loss {loss:.3f}, {images_per_s:.0f} images/s, wait {wait:.0%}".format(**row))
             seconds = time.perf_counter() - start
-            if (done % cfg.save_every == 0 or last) and job.acc.is_main_process: _save(job, done, seconds)
+            if main and (done % cfg.save_every == 0 or last): _save(job, done, seconds)
             bar.update()
             if on_step: on_step(done, job.method)
     return seconds
 
-# %% ../../nbs/5_train/02_pretrain.ipynb #93b474dc
+# %% ../../nbs/5_train/02_pretrain.ipynb #e826586e
 def _finish(job: Job, data: ChestXrays, seconds: float):
     "Export the encoders and write the record."
     cfg, method, flags = job.cfg, job.method, job.cfg.method_settings()
-    for which in ("student", "teacher"):
-        # some arms have no teacher
-        with contextlib.suppress(ValueError):
-            export_encoder(job.folder / f"encoder_{which}.safetensors", method.encoder(which), method.preprocess, flags)
+    for which in method.encoders:
+        export_encoder(job.folder / f"encoder_{which}.safetensors", method.encoder(which), method.preprocess, flags)
     last = (read_metrics(job.folder / "metrics.jsonl") or [{}])[-1]
     write_record(job.folder, Record(
         kind="pretrain", method=type(cfg).__name__.removeprefix("Pretrain").lower(), variant=flags.get("variant"),
@@ -256,7 +243,7 @@ def _finish(job: Job, data: ChestXrays, seconds: float):
         seconds=round(seconds, 2), images_per_s=round(job.total * cfg.batch_size / max(seconds, 1e-9), 2),
         memory_gib=round(peak_memory(job.acc.device), 3), environment=environment(job.acc.device)))
 
-# %% ../../nbs/5_train/02_pretrain.ipynb #e826586e
+# %% ../../nbs/5_train/02_pretrain.ipynb #860e56f0
 class Run(NamedTuple):
     "What `pretrain` returns."
     folder: Path           # checkpoint.pt, metrics.jsonl, encoder_*.safetensors, record.json
@@ -286,10 +273,10 @@ def pretrain(
         seconds = _loop(job, loader, done, seconds, on_step)
         if acc.is_main_process: _finish(job, data, seconds)
         acc.wait_for_everyone()
-    acc.unwrap_model(model, keep_fp32_wrapper=False)
+    method = acc.unwrap_model(model, keep_fp32_wrapper=False).eval()
     return Run(folder, method, folder / "record.json", pd.DataFrame(read_metrics(folder / "metrics.jsonl")))
 
-# %% ../../nbs/5_train/02_pretrain.ipynb #be4b6726
+# %% ../../nbs/5_train/02_pretrain.ipynb #e19b0bb3
 def main(args: list[str] | None = None):
     "Command line: `python -m anatcxr.train.pretrain METHOD --setting value ...`"
     cfg = tyro.extras.subcommand_cli_from_dict(PRETRAIN, args=args, prog="python -m anatcxr.train.pretrain")
@@ -297,8 +284,7 @@ def main(args: list[str] | None = None):
         run = pretrain(cfg)
         if PartialState().is_main_process: print(run.record)
     except (ValueError, RuntimeError) as e:
-        # our own errors say what to do; a traceback would hide it
-        if not type(e).__module__.startswith("anatcxr."): raise
+        if not type(e).__module__.startswith("anatcxr."): raise  # a traceback would hide what our own errors say
         sys.exit(f"{type(e).__name__}: {e}")
     finally:
         if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()

@@ -34,7 +34,7 @@ class DistortParams:
     size: int            # pixels per side
     grid: int            # patches per side
 
-    def __getitem__(self, rows: Tensor) -> "DistortParams":  # int64 or bool
+    def __getitem__(self, rows: Tensor) -> "DistortParams":  # int64, bool or a slice
         "The parameters of some of the samples."
         own = ((f.name, getattr(self, f.name)) for f in fields(self))
         return replace(self, **{name: v[rows] for name, v in own if isinstance(v, Tensor)})
@@ -140,37 +140,42 @@ def _sorted(x: Tensor) -> Tensor:  # (N,) int64
     return torch.from_numpy(np.sort(x.numpy())) if x.device.type == "cpu" else x.sort().values
 
 # %% ../../nbs/2_views/02_popar_distortions.ipynb #3295e5ae
+def _block_table(blocks: Tensor, H: int, W: int) -> tuple[Tensor, Tensor, list[int]]:  # (B,n,4)
+    "(5,B·n): height, width, first pixel, first hash, first entry, turn by turn; hashes a sample needs; entries in each turn."
+    B, n, _ = blocks.shape
+    sample = torch.arange(B, device=blocks.device)[:, None]
+    top, left, h, w = blocks.unbind(2)                                          # (B,n)
+    area = h * w
+    hashes = area.sum(1).amax()
+    pixel0, hash0 = (sample * H + top) * W + left, area.cumsum(1) - area + sample * hashes
+    turn, order = _turns(blocks).flatten().sort(stable=True)
+    h, w, area, pixel0, hash0 = (v.flatten()[order] for v in (h, w, area, pixel0, hash0))
+    moves = torch.zeros_like(h).index_add_(0, turn, area)[:int(turn[-1]) + 1]
+    return torch.stack([h, w, pixel0, hash0, area.cumsum(0) - area]), hashes, moves.tolist()
+
+# %% ../../nbs/2_views/02_popar_distortions.ipynb #63924982
 def _shuffle_plan(
     blocks: Tensor,  # (B,n,4) int64
     keys: Tensor,    # (B,) int64
     H: int, W: int,  # of the images
 ) -> tuple[Tensor, Tensor, list[int]]:  # (N,) pixels of the flattened images, (N,) where each comes from, moves' lengths
     "All blocks' pixels, turn by turn, and the pixels that move there."
-    B, n, _ = blocks.shape
-    sample = torch.arange(B, device=blocks.device)[:, None]
-    top, left, h, w = blocks.unbind(2)                                          # (B,n)
-    area = h * w
-    hashes = hash32(keys, int(area.sum(1).max()))
-    hash0 = area.cumsum(1) - area + sample * hashes.shape[1]                    # a block's first hash,
-    pixel0 = (sample * H + top) * W + left                                      # its first pixel
-    turn, order = _turns(blocks).flatten().sort(stable=True)
-    h, w, area, hash0, pixel0 = (v.flatten()[order] for v in (h, w, area, hash0, pixel0))
-    entry0 = area.cumsum(0) - area                                              # and its first entry in the list
-    block = torch.repeat_interleave(h)                                          # of each row of pixels
-    down, wide = torch.arange(len(block), device=block.device) - (h.cumsum(0) - h)[block], w[block]
+    (h, w, pixel0, hash0, entry0), n, moves = _block_table(blocks, H, W)
+    block = torch.repeat_interleave(h)                                          # of each row
+    def of(v: Tensor) -> Tensor: return v.index_select(0, block)                # per block -> per row
+    wide, down = of(w), torch.arange(len(block), device=h.device) - of(h.cumsum(0) - h)
     row = torch.repeat_interleave(wide)                                         # of each entry
-    entry = torch.arange(len(row), device=row.device)
+    entry = torch.arange(len(row), device=h.device)
     def spread(v: Tensor) -> Tensor: return v.index_select(0, row)              # per row -> per entry
-    pixel = spread(pixel0[block] + down * W - (wide.cumsum(0) - wide)).add_(entry)
-    key = hashes.view(-1).index_select(0, spread((hash0 - entry0)[block]).add_(entry))
-    bits = int(area.max()).bit_length()
-    first = (torch.arange(B * n, device=row.device) << (32 + bits)) - entry0
-    key = key.to(torch.int64).bitwise_and_(0xFFFFFFFF).bitwise_left_shift_(bits).add_(spread(first[block])).add_(entry)
-    came_from = _sorted(key).bitwise_and_((1 << bits) - 1).add_(spread(entry0[block]))
-    moves = torch.zeros(int(turn[-1]) + 1, dtype=torch.int64, device=row.device).index_add_(0, turn, area)
-    return pixel, pixel.index_select(0, came_from), moves.tolist()
+    pixel = spread(of(pixel0) + down * W - (wide.cumsum(0) - wide)).add_(entry)
+    rank = hash32(keys, int(n)).view(-1).index_select(0, spread(of(hash0 - entry0)).add_(entry))
+    bits = int((h * w).max()).bit_length()
+    first = (torch.arange(len(h), device=h.device) << (32 + bits)) - entry0
+    key = rank.to(torch.int64).bitwise_and_(0xFFFFFFFF).bitwise_left_shift_(bits).add_(spread(of(first))).add_(entry)
+    came_from = _sorted(key).bitwise_and_((1 << bits) - 1).add_(spread(of(entry0)))
+    return pixel, pixel.index_select(0, came_from), moves
 
-# %% ../../nbs/2_views/02_popar_distortions.ipynb #5dfc0780
+# %% ../../nbs/2_views/02_popar_distortions.ipynb #b7b4ff44
 def _shuffle_blocks_(x: Tensor, blocks: Tensor, keys: Tensor) -> Tensor:  # (B,H,W,C), (B,n,4), (B,)
     "In place: shuffle the pixels inside each block, as if one block after the other."
     if not blocks.shape[1]: return x
@@ -180,7 +185,7 @@ def _shuffle_blocks_(x: Tensor, blocks: Tensor, keys: Tensor) -> Tensor:  # (B,H
     for a, b in zip(pixel.split(moves), source.split(moves)): flat.index_copy_(0, a, flat.index_select(0, b))
     return x
 
-# %% ../../nbs/2_views/02_popar_distortions.ipynb #e39f0f2b
+# %% ../../nbs/2_views/02_popar_distortions.ipynb #ef244d54
 _LEVELS = 4 * 255 + 1
 
 def _curve(control: Tensor, decreasing: Tensor) -> tuple[Tensor, Tensor]:  # (B,2,2), (B,) -> two (B,500) float64
@@ -200,12 +205,15 @@ def _tables(control: Tensor, decreasing: Tensor) -> Tensor:  # (B,2,2), (B,) -> 
     return ((v - x0) / (x1 - x0).clamp_(min=1e-12)).mul_(y1 - y0).add_(y0).float()
 
 
-def _look_up(x: Tensor, tables: Tensor) -> Tensor:  # (B,...) in [0,1], (B,_LEVELS)
-    "Each sample's intensities through its own table."
-    i = x.flatten(1).mul(_LEVELS - 1).add_(.5).clamp_(0, _LEVELS - 1).to(torch.int64)
-    return tables.gather(1, i).view_as(x)
+def _look_up_(x: Tensor, tables: Tensor) -> Tensor:  # (B,...) in [0,1], (B,_LEVELS)
+    "In place: each sample's intensities through its own table."
+    # in strips: a whole group's int64 index is so large that the allocator fetches new pages for it each time
+    for strip in x.view(len(x), -1).split(2 ** 15, 1):
+        i = strip.mul(_LEVELS - 1).add_(.5).clamp_(0, _LEVELS - 1).to(torch.int64)
+        strip.copy_(tables.gather(1, i))
+    return x
 
-# %% ../../nbs/2_views/02_popar_distortions.ipynb #1226caef
+# %% ../../nbs/2_views/02_popar_distortions.ipynb #e8af99a8
 def _row_kinds(windows: Tensor, outside: Tensor, size: int) -> tuple[Tensor, Tensor]:  # (B,5,4), (B,)
     "All kinds of rows, (B·32,size) uint8, 1 where painted, and the kind of each row, (B·size,) int64."
     at, low = torch.arange(size, device=windows.device), windows[..., :2, None]
@@ -213,28 +221,29 @@ def _row_kinds(windows: Tensor, outside: Tensor, size: int) -> tuple[Tensor, Ten
     bit = 2 ** torch.arange(hit.shape[1], device=at.device, dtype=torch.uint8)
     rows, cols = (hit * bit.view(-1, 1, 1)).sum(1, dtype=torch.uint8).unbind(1) # (B,size) each
     kinds = torch.arange(2 ** len(bit), device=at.device, dtype=torch.uint8)
-    table = (kinds[:, None] & cols[:, None]).clamp_(max=1) ^ outside.view(-1, 1, 1)  # (B,32,size)
+    table = (kinds[:, None] & cols[:, None]).clamp_(max=1) ^ outside.to(torch.uint8).view(-1, 1, 1)
     rows = rows + len(kinds) * torch.arange(len(rows), device=at.device)[:, None]
     return table.flatten(0, 1), rows.flatten()
 
-# %% ../../nbs/2_views/02_popar_distortions.ipynb #0fa5b83c
+# %% ../../nbs/2_views/02_popar_distortions.ipynb #80189c8a
 def _paint_(x: Tensor, windows: Tensor, outside: Tensor, keys: Tensor) -> Tensor:  # (B,H,W,C), (B,5,4), (B,), (B,)
     "In place: uniform noise inside the windows, or outside them."
     B, H, W, C = x.shape
     table, rows = _row_kinds(windows, outside, H)
-    keep = (1 - table).to(x.dtype).index_select(0, rows).view(B, H, W, 1)
+    keep = (1 - table).index_select(0, rows).view(B, H, W, 1)
     paint = (table * 255).index_select(0, rows).view(B, H, W, 1)
     n = H * W * C
     noise = hash32(keys, (n + 3) // 4).view(torch.uint8)[:, :n].reshape(B, H, W, C)
     if C > 1: noise = torch.where(outside.view(B, 1, 1, 1), noise, noise[..., :1])
-    return x.mul_(keep).add_(noise.bitwise_and_(paint).to(x.dtype), alpha=1 / 255)
+    return x.mul_(keep).add_(noise.bitwise_and_(paint), alpha=1 / 255)
 
-# %% ../../nbs/2_views/02_popar_distortions.ipynb #17b0b35e
+# %% ../../nbs/2_views/02_popar_distortions.ipynb #8fb6ff6e
 def _group(x: Tensor, p: DistortParams) -> int:  # (B,H,W,C)
-    "How many samples at a time: what fits a cache, and no more than block numbers have bits for."
-    pixels = 2 ** 20 if x.device.type == "cpu" else 2 ** 26
+    "How many samples at a time: what suits caches and allocator, and no more than block numbers have bits for."
+    n = x.shape[1:].numel()
+    fit = max(3, 2 ** 18 // n) if x.device.type == "cpu" else 2 ** 26 // n
     bits = (x.shape[3] * (p.size // 10) ** 2).bit_length()
-    return max(1, min(pixels // x.shape[1:].numel(), 2 ** (31 - bits) // max(1, p.blocks.shape[1])))
+    return max(1, min(fit, 2 ** (31 - bits) // max(1, p.blocks.shape[1])))
 
 
 def apply_distortion(
@@ -255,7 +264,7 @@ def apply_distortion(
             if k and len(rows):
                 p = params[rows]
                 _shuffle_blocks_(part, p.blocks, p.pixel_key)
-                if k == 2: part = _look_up(part, tables[rows])
+                if k == 2: _look_up_(part, tables[rows])
                 _paint_(part, p.windows, p.outside, p.noise_key)
             out.index_copy_(0, rows, part)
     return out.permute(0, 3, 1, 2)
