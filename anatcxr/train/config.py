@@ -186,12 +186,13 @@ class QuickstartConfig(Config):
     data: str = "phantom:800"  # phantom:N, a manifest (CSV or Parquet) or a packed folder
     out: str = "."             # folder for the store, the runs and the results
     seeds: int = 1             # pretraining runs
-    steps: int = 600           # optimiser steps of each
+    steps: int = 400           # optimiser steps of each
     batch_size: int = 32       # images per step
     lr: float = 2e-3           # highest learning rate
     ema_base: float = .99      # teacher momentum at the start
     patients: int = 50         # of the test split, in the landmark test, for each source
     partners: int = 4          # patients each of them is matched with
+    precision: Literal["fp32", "bf16"] = "fp32"    # or bf16, about twice as fast on processors that have it
 
     RULES = (
         *((name, lambda c, n=name: getattr(c, n) > 0, "must be above 0") for name in ("seeds", "steps", "batch_size", "lr", "partners")),
