@@ -8,6 +8,7 @@ __all__ = ['RecipeError', 'recipes', 'recipe_parameters', 'parse_parameters', 'h
 
 # %% ../nbs/9_cli.ipynb #a119086f
 import difflib
+import importlib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ import tyro
 import yaml
 from nbconvert import HTMLExporter
 import anatcxr
+from .data.table import read_manifest
 
 # %% ../nbs/9_cli.ipynb #eea8d945
 class RecipeError(ValueError):
@@ -46,17 +48,32 @@ def parse_parameters(recipe: str, pairs: list[str]) -> dict:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else f" It has {sorted(known)}."
             raise RecipeError(f"{recipe} has no parameter {name!r} (expected name=value).{hint}")
-        values[name] = yaml.safe_load(value)
+        try: values[name] = yaml.safe_load(value)
+        except yaml.YAMLError as e: raise RecipeError(f"{pair}: the value is not YAML; put quotes around text.") from e
     return values
 
 # %% ../nbs/9_cli.ipynb #538c232c
+def _check_values(recipe: str, values: dict) -> None:
+    "Refuse what the recipe's dataclass (`ConfigError`) or the table of its data (`ManifestError`) would refuse."
+    cells = papermill.iorw.load_notebook_node(str(recipes()[recipe])).cells
+    source = next((c.source for c in cells if "parameters" in c.metadata.get("tags", [])), "")
+    if named := re.search(r"^# config: ([\w.]+)\.(\w+)\s*$", source, re.M):
+        getattr(importlib.import_module(named[1]), named[2]).from_params(**values)
+    if "data" in values: read_manifest(values["data"])
+
+# %% ../nbs/9_cli.ipynb #7d9f554e
+def _absolute(data):
+    "A path made absolute; phantoms have none, and what is no text is for the dataclass to refuse."
+    return str(Path(data).resolve()) if isinstance(data, (str, Path)) and str(data).split(":")[0] != "phantom" else data
+
+
 def html_report(
     notebook: Path,  # an executed notebook
 ) -> Path:           # the page, beside the notebook
     "Render a notebook's prose and outputs, without code, as one HTML file."
     body, _ = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, embed_images=True).from_filename(str(notebook))
     page = notebook.with_suffix(".html")
-    page.write_text(body)
+    page.write_text(body, encoding="utf-8")
     return page
 
 
@@ -65,16 +82,18 @@ def run_recipe(
     out: str | Path,             # folder for the executed copy, its page and its files
     parameters: dict | None = None,  # values by name; the recipe's `out` is set to the folder
 ) -> Path:                       # the page
-    "Execute a copy of a recipe with papermill and render it; a failing cell raises papermill's error with its traceback."
+    "Execute a copy of a recipe with papermill; wrong values raise `ValueError` first, a failing cell papermill's error."
     known, values = recipe_parameters(recipe), dict(parameters or {})
     if "out" in known: values.setdefault("out", str(Path(out).resolve()))
+    if "data" in values: values["data"] = _absolute(values["data"])
     if unknown := values.keys() - known.keys(): raise RecipeError(f"{recipe} has no parameter {sorted(unknown)}.")
+    _check_values(recipe, values)
     target = Path(out) / f"{recipe}.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
     papermill.execute_notebook(str(recipes()[recipe]), str(target), values, kernel_name="python3", cwd=str(target.parent))
     return html_report(target)
 
-# %% ../nbs/9_cli.ipynb #ce81b818
+# %% ../nbs/9_cli.ipynb #f2b496d4
 @dataclass
 class Quickstart:
     "PEAC from image file to figure in about six minutes on two CPU cores."
@@ -88,7 +107,7 @@ class Quickstart:
     "further parameters of the recipe, e.g. steps=100"
 
     def __call__(self) -> Path:
-        given = dict(data=_absolute(self.data), seeds=self.seeds)
+        given = dict(data=self.data, seeds=self.seeds)
         return run_recipe("quickstart", self.out, given | parse_parameters("quickstart", self.set))
 
 
@@ -106,14 +125,12 @@ class RunRecipe:
         return run_recipe(self.recipe, self.out, parse_parameters(self.recipe, self.set))
 
 
-def _absolute(data: str) -> str:
-    "A path made absolute, since the recipe runs in its own folder; phantoms have none."
-    return data if re.fullmatch(r"phantom(:\d+)?", data) else str(Path(data).resolve())
-
-
 def command_line(args: list[str] | None = None):
     "The `anatcxr` command."
     command = tyro.extras.subcommand_cli_from_dict({"quickstart": Quickstart, "run": RunRecipe}, args=args, prog="anatcxr",
                                                    description=anatcxr.__doc__)
     try: print(f"report: {command()}")
-    except RecipeError as e: raise SystemExit(f"anatcxr: {e}") from e
+    except ValueError as e:
+        if not type(e).__module__.startswith((__name__, "anatcxr.")): raise  # not a user's error: its traceback is wanted
+        first, *rest = [line.strip(" -") for line in str(e).splitlines()]  # a list of problems becomes one line, too
+        raise SystemExit(f"anatcxr: {first.rstrip(':')}: {'; '.join(rest)}" if rest else f"anatcxr: {first}") from e

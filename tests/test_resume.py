@@ -1,5 +1,6 @@
 """A killed run, resumed, ends with the bits of an uninterrupted one; two processes compute what one does."""
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -80,6 +81,17 @@ def test_truncated_checkpoint_stops_the_command_and_stays(whole, tmp_path):
     with pytest.raises(SystemExit, match="CheckpointError: .*resume=False"):
         main(command(tmp_path)[3:])
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_start_over_clears_what_the_old_run_left(whole, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    (out / "encoder_gone.safetensors").write_bytes(b"of the old run")
+    (out / "nonfinite-step0000003-rank0.pt").write_bytes(b"of the old run")
+    pretrain(PretrainPEAC.from_params(**{**SETTINGS, "steps": 6, "out": str(out), "resume": False, "progress": False}))
+    assert not [*out.glob("nonfinite-*")] and not (out / "encoder_gone.safetensors").exists()
+    assert read_record(out).settings["steps"] == 6 and len(lines(out)) == 6
+    assert (out / "encoder_teacher.safetensors").read_bytes() != (whole / "encoder_teacher.safetensors").read_bytes()
 
 
 def test_two_processes_compute_what_one_does(tmp_path):

@@ -16,14 +16,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .images import ImageError, crop_points, image_size, read_image, resize
+from .images import ImageError, _target, crop_points, image_size, read_image, read_mask, resize
 from .rng import name_id
 from .table import ManifestError, read_manifest, shared_data
-from .table import _file_columns, _is_phantom, _is_store, _locate, _read_landmarks, _select, _some
+from .table import _file_columns, _is_phantom, _is_store, _locate, _NO_BOXES, _read_boxes, _read_landmarks, _select, _some
 
 # %% ../../nbs/1_data/03_manifest.ipynb #eac30edb
 class _Files:
@@ -46,6 +47,27 @@ class _Files:
         p, (h, w) = torch.from_numpy(self._landmarks[0][i]), image_size(self.table.file[i])
         return p.clone() if self.size is None else crop_points(p, h, w, self.size, self.rule)
 
+    def masks(self, i: int) -> dict[str, Tensor]:
+        files = {c[5:]: f for c, f in self.table.filter(regex="^mask_").iloc[i].items() if isinstance(f, str)}
+        return {name: self._mask(f, image_size(self.table.file[i])) for name, f in files.items()}
+
+    def _mask(self, file: str, shape: tuple[int, int]) -> Tensor:  # (S,S) bool
+        mask, size = read_mask(file), self.size  # (1,H,W)
+        if tuple(mask.shape[1:]) != shape:
+            raise ManifestError(f"{file}: a mask of {tuple(mask.shape[1:])} pixels for an image of {shape}; resize it")
+        if size is None: return mask[0]
+        h, w, top, left = _target(*shape, size, self.rule)
+        return F.interpolate(mask[None].float(), (h, w), mode="nearest-exact")[0, 0, top:top + size, left:left + size] > 0
+
+    @cached_property
+    def _boxes(self): return _read_boxes(_locate(self.source).parent / "boxes.csv")
+
+    def boxes(self, i: int) -> tuple[list[str], Tensor]:
+        labels, xyxy = self._boxes.get(self.table.id[i], _NO_BOXES)
+        p, (h, w) = torch.tensor(xyxy).view(-1, 2, 2), image_size(self.table.file[i])  # two corners of each
+        if self.size is not None: p = crop_points(p - .5, h, w, self.size, self.rule) + .5
+        return list(labels), p.view(-1, 4)
+
 # %% ../../nbs/1_data/03_manifest.ipynb #2416bc55
 class _Phantoms:
     "Images rendered each time; the last one is kept, because its points are often asked for next."
@@ -65,14 +87,22 @@ class _Phantoms:
         marks = self._render(i).landmarks
         return torch.tensor([[float(v) for v in marks[n]] for n in self.point_names])
 
+    def masks(self, i: int) -> dict[str, Tensor]:
+        p = self._render(i)
+        return {n: m.clone() for n, m in p.masks.items()} | ({} if p.finding is None else {"finding": p.finding_mask.clone()})
+
+    def boxes(self, i: int) -> tuple[list[str], Tensor]:
+        p = self._render(i)
+        return [p.finding] if p.box else [], torch.tensor([p.box] if p.box else []).view(-1, 4)
+
 # %% ../../nbs/1_data/03_manifest.ipynb #7aff0169
 def _sha256(data: bytes) -> str: return hashlib.sha256(data).hexdigest()
 
 
 class _Store:
     "Images looked up in a packed store."
-    def __init__(self, folder, rows, size, rule):
-        self.folder, self.rows, self._map = Path(folder), rows, None
+    def __init__(self, folder, rows, ids, size, rule):
+        self.folder, self.rows, self.ids, self._map = Path(folder), rows, ids, None
         try:
             meta = self.meta = json.loads((self.folder / "meta.json").read_text())
             self.size, self.rule, self.preprocessing = meta["size"], meta["rule"], meta["preprocessing"]
@@ -107,6 +137,18 @@ class _Store:
 
     def points(self, i: int) -> Tensor: return torch.from_numpy(self._landmarks[0][i].copy())
 
+    def masks(self, i: int):
+        raise ManifestError(f"{self.folder}: a store keeps no masks; open the manifest itself with size={self.size}")
+
+    @cached_property
+    def _boxes(self):
+        if (path := self.folder / "boxes.parquet").is_file(): return _read_boxes(path)
+        raise ManifestError(f"{self.folder}: packed before stores kept boxes; pack again")
+
+    def boxes(self, i: int) -> tuple[list[str], Tensor]:
+        labels, xyxy = self._boxes.get(self.ids[i], _NO_BOXES)
+        return list(labels), torch.tensor(xyxy)
+
 # %% ../../nbs/1_data/03_manifest.ipynb #7accfc8a
 class ChestXrays(Dataset):
     "Radiographs of a manifest, a packed store or the phantom as tensors (1,S,S)."
@@ -123,13 +165,16 @@ class ChestXrays(Dataset):
         self.ids = torch.tensor([name_id(i) for i in self.table.id], dtype=torch.int64)  # (N,)
         crop_points(torch.zeros(2), 1, 1, 1 if size is None else size, rule or "crop")  # refuses an impossible size or rule at once
         if _is_phantom(source): self._door = _Phantoms(self.table, size, rule)
-        elif _is_store(source): self._door = _Store(source, rows, size, rule)
+        elif _is_store(source): self._door = _Store(source, rows, self.table.id, size, rule)
         else: self._door = _Files(source, self.table, size, rule)
         self.source, self.size, self.rule = source, self._door.size, self._door.rule
 
-    def __len__(self) -> int: return len(self.table)
+    def __len__(self) -> int:
+        "Number of images."
+        return len(self.table)
 
     def __getitem__(self, i: int) -> dict:  # "image" (1,S,S) float32, "id" int
+        "One image and its id."
         i = range(len(self))[i]  # IndexError at the end, which stops iteration
         return {"image": self._door.image(i), "id": int(self.ids[i])}
 
@@ -150,24 +195,36 @@ class ChestXrays(Dataset):
         p, side = self._door.points(range(len(self))[i]), self.size or float("inf")
         return p.masked_fill(~((p >= -.5) & (p < side - .5)).all(-1, keepdim=True), torch.nan)
 
+    def masks(self, i: int) -> dict[str, Tensor]:  # name -> (S,S) bool
+        "Masks of one image, those that it has; of a phantom with a finding, that too; `ManifestError` from a store."
+        return self._door.masks(range(len(self))[i])
+
+    def boxes(self, i: int) -> tuple[list[str], Tensor]:  # K labels, (K,4) float32 x0, y0, x1, y1 in pixels of image i
+        "Boxes of one image, as far as they lie inside it."
+        labels, xyxy = self._door.boxes(range(len(self))[i])
+        if self.size is not None: xyxy = xyxy.clamp(0, self.size)
+        there = (xyxy[:, 2:] > xyxy[:, :2]).all(1)  # (K,)
+        return [label for label, t in zip(labels, there) if t], xyxy[there]
+
     @property
     def fingerprint(self) -> str:
         "Hash of the ids, in their order, and of the preprocessing."
         return _sha256("\n".join([self._door.preprocessing, *self.table.id]).encode())[:16]
 
-# %% ../../nbs/1_data/03_manifest.ipynb #305b1a4f
+# %% ../../nbs/1_data/03_manifest.ipynb #e812009f
 class _ToPack(Dataset):
-    "Row number -> bytes of the uint8 image and of its landmarks, None; or None, None, why not."
+    "Row number -> bytes of the uint8 image and of its landmarks, its boxes, None; or None three times, why not."
     def __init__(self, data): self.data = data
 
     def __len__(self): return len(self.data)
 
     def __getitem__(self, i):
-        try: x, p = self.data[i]["image"], self.data._door.points(i)
-        except ImageError as e: return None, None, (e.reason, e.remedy)
-        return (x * 255).round().to(torch.uint8).numpy().tobytes(), p.numpy().tobytes(), None
+        try: x, p, (labels, b) = self.data[i]["image"], self.data._door.points(i), self.data.boxes(i)
+        except ImageError as e: return None, None, None, (e.reason, e.remedy)
+        boxes = [(self.data.table.id[i], label, x0, y0, x1 - x0, y1 - y0) for label, (x0, y0, x1, y1) in zip(labels, b.tolist())]
+        return (x * 255).round().to(torch.uint8).numpy().tobytes(), p.numpy().tobytes(), boxes, None
 
-# %% ../../nbs/1_data/03_manifest.ipynb #f9cbe5d6
+# %% ../../nbs/1_data/03_manifest.ipynb #57b3d3d1
 def _write_header(f, shape: tuple[int, ...]) -> int:  # bytes written
     "The .npy header of a uint8 array."
     f.seek(0)
@@ -176,21 +233,22 @@ def _write_header(f, shape: tuple[int, ...]) -> int:  # bytes written
 
 
 def _write_images(folder: Path, data: ChestXrays, workers: int) -> tuple[dict[int, str], dict[int, list[str]]]:
-    "Write images.npy and landmarks.npy; returns row -> sha256 of the good ones, row -> reason and remedy of the others."
+    "Write images, landmarks and boxes; returns row -> sha256 of the good ones, row -> reason and remedy of the others."
     loader = DataLoader(_ToPack(data), batch_size=None, num_workers=workers, generator=torch.Generator())
-    good, bad, points, side = {}, {}, [], data.size
+    good, bad, points, boxes, side = {}, {}, [], [], data.size
     with (folder / "images.npy").open("wb") as f:
         start = _write_header(f, (len(data), side, side))
-        for i, (image, p, why) in enumerate(tqdm(loader, desc="packing", disable=None)):
+        for i, (image, p, b, why) in enumerate(tqdm(loader, desc="packing", disable=None)):
             if why: bad[i] = why; continue
             f.write(image)
-            good[i] = _sha256(image); points.append(np.frombuffer(bytearray(p), np.float32).reshape(-1, 2))
+            boxes += b; good[i] = _sha256(image); points.append(np.frombuffer(bytearray(p), np.float32).reshape(-1, 2))
         if not good: raise ManifestError(f"{data.source}: not one image can be used; the first: {'. '.join(bad[0])}")
         assert _write_header(f, (len(good), side, side)) == start
     np.save(folder / "landmarks.npy", np.stack(points))
+    pd.DataFrame(boxes, columns=["id", "label", "x", "y", "w", "h"]).to_parquet(folder / "boxes.parquet", index=False)
     return good, bad
 
-# %% ../../nbs/1_data/03_manifest.ipynb #dd35415c
+# %% ../../nbs/1_data/03_manifest.ipynb #3720aac2
 def _write_tables(folder: Path, data: ChestXrays, good: dict[int, str], bad: dict[int, list[str]]):
     "Write manifest.parquet, quarantine.csv and meta.json."
     table = data.table.copy()
@@ -201,14 +259,13 @@ def _write_tables(folder: Path, data: ChestXrays, good: dict[int, str], bad: dic
     reasons = pd.DataFrame(bad.values(), bad.keys(), ["reason", "remedy"])
     table.loc[[*bad], ["id", "file"]].join(reasons).to_csv(folder / "quarantine.csv", index=False)
     table.loc[[*good]].to_parquet(folder / "manifest.parquet", index=False)
-    how = data._door.preprocessing
-    sha = {"preprocessing": _sha256(how.encode()), "manifest": _sha256((folder / "manifest.parquet").read_bytes()),
-           "images": dict(zip(table.id[[*good]], good.values()))}
+    sha = {"preprocessing": _sha256(data._door.preprocessing.encode()), "images": dict(zip(table.id[[*good]], good.values())),
+           "manifest": _sha256((folder / "manifest.parquet").read_bytes())}
     meta = {"format": 1, "n": len(good), "quarantined": len(bad), "size": data.size, "rule": data.rule,
-            "preprocessing": how, "point_names": data.point_names, "sha256": sha}
+            "preprocessing": data._door.preprocessing, "point_names": data.point_names, "sha256": sha}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
-# %% ../../nbs/1_data/03_manifest.ipynb #ef4714ab
+# %% ../../nbs/1_data/03_manifest.ipynb #9d2d8fe1
 def pack(
     source: str | Path,  # as for `read_manifest`
     dst: str | Path,     # folder to make; it is complete or absent
@@ -231,7 +288,7 @@ def pack(
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return dst
 
-# %% ../../nbs/1_data/03_manifest.ipynb #d389d3ea
+# %% ../../nbs/1_data/03_manifest.ipynb #2454e3ea
 def verify_store(folder: str | Path) -> int:  # number of images, all of them intact
     "Compare every image of a packed store with its sha256; `ManifestError` names those that changed."
     data = ChestXrays(folder)

@@ -161,3 +161,19 @@ def _read_landmarks(source, table: pd.DataFrame) -> tuple[np.ndarray, list[str]]
     for row, f in zip(points, found):
         for g, p in f.items(): row[first[g]:first[g] + len(p)] = p
     return points, [f"{g}{k}" for g, n in length.items() for k in range(n)]
+
+# %% ../../nbs/1_data/03_table.ipynb #7f971816
+_NO_BOXES = [], np.zeros((0, 4), np.float32)
+
+
+def _read_boxes(path: Path) -> dict[str, tuple[list[str], np.ndarray]]:  # id -> K labels, (K,4) float32 x0, y0, x1, y1
+    "The boxes of a file, by image; none where there is no file."
+    if not path.is_file(): return {}
+    boxes, sides = _read_table(path), ["x", "y", "w", "h"]
+    if lacks := [c for c in ("id", "label", *sides) if c not in boxes]:
+        raise ManifestError(f"{path}: no column {_some(lacks)}; expected id, label, x, y, w, h; found {_some(boxes)}")
+    xywh = boxes[sides].apply(pd.to_numeric, errors="coerce").to_numpy(float)  # (K,4)
+    if not (good := np.isfinite(xywh).all(1) & (xywh[:, 2:] > 0).all(1)).all():
+        raise ManifestError(f"{path}: without place or area: rows {_some(boxes.index[~good])}; correct or remove them")
+    corners = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1).astype(np.float32)
+    return {i: (boxes.label.iloc[k].tolist(), corners[k]) for i, k in boxes.groupby("id").indices.items()}

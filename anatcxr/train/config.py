@@ -179,7 +179,7 @@ class PretrainPEAC(LoopConfig, PEACConfig):
 
 PRETRAIN = {"peac": PretrainPEAC}
 
-# %% ../../nbs/5_train/01_config.ipynb #24b1d52e
+# %% ../../nbs/5_train/01_config.ipynb #74eaf307
 @dataclass(frozen=True)
 class QuickstartConfig(Config):
     "Settings of `recipes/quickstart`."

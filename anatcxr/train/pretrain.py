@@ -205,7 +205,8 @@ def _tidy(folder: Path, done: int):
     "Leave nothing of an earlier run beyond the step from which this one goes on."
     resume_metrics(folder / "metrics.jsonl", done)
     (folder / "record.json").unlink(missing_ok=True)
-    if not done: (folder / "checkpoint.pt").unlink(missing_ok=True)
+    old = ("checkpoint.pt", "encoder_*.safetensors", "nonfinite-*.pt") if not done else ()
+    for path in [p for name in old for p in folder.glob(name)]: path.unlink()
 
 # %% ../../nbs/5_train/02_pretrain.ipynb #0fe85507
 def _loop(job: Job, loader: Loader, done: int, seconds: float, on_step) -> float:
@@ -276,7 +277,7 @@ def pretrain(
     method = acc.unwrap_model(model, keep_fp32_wrapper=False).eval()
     return Run(folder, method, folder / "record.json", pd.DataFrame(read_metrics(folder / "metrics.jsonl")))
 
-# %% ../../nbs/5_train/02_pretrain.ipynb #e19b0bb3
+# %% ../../nbs/5_train/02_pretrain.ipynb #8c9c671b
 def main(args: list[str] | None = None):
     "Command line: `python -m anatcxr.train.pretrain METHOD --setting value ...`"
     cfg = tyro.extras.subcommand_cli_from_dict(PRETRAIN, args=args, prog="python -m anatcxr.train.pretrain")

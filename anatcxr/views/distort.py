@@ -25,7 +25,7 @@ class DistortParams:
     order_key: Tensor    # (B,) int64, permutation of the patches
     pixel_key: Tensor    # (B,) int64, permutations inside blocks
     noise_key: Tensor    # (B,) int64, what is painted
-    blocks: Tensor       # (B,n_blocks,4) int64, shuffled one after the other
+    blocks: Tensor       # (B,n_blocks,4) int64, pixels are shuffled inside; later ones lie on top
     nonlinear: Tensor    # (B,) bool, intensities pass through the curve
     control: Tensor      # (B,2,2) float32, the curve's inner control points (x,y)
     decreasing: Tensor   # (B,) bool, the curve falls
@@ -85,12 +85,13 @@ def sample_distortion(
     p_out: float = .8,            # of the painted: outside the windows
     n_blocks: int = 40,           # of local pixel shuffling, 0 for none
     aug_mode: str = "exclusive",  # "exclusive": distorted or shuffled; "independent"
+    purpose: str = "distort",     # prefix of the addresses: another one, other numbers
 ) -> DistortParams:
-    "Draw each sample's distortions (PEAC, section 3.1; POPAR)."
+    "Draw each sample's distortions (PEAC, section 3.2, probabilities in 4.1; POPAR)."
     _check_sample(size, grid, n_blocks, aug_mode, dict(p_distort=p_distort, p_shuffle=p_shuffle,
                   p_nonlinear=p_nonlinear, p_paint=p_paint, p_out=p_out))
-    def u(what: str, n: int) -> Tensor: return uniform(seed, epoch, ids, f"distort/{what}", n)
-    def key(what: str) -> Tensor: return address(seed, epoch, ids, f"distort/{what}")
+    def u(what: str, n: int) -> Tensor: return uniform(seed, epoch, ids, f"{purpose}/{what}", n)
+    def key(what: str) -> Tensor: return address(seed, epoch, ids, f"{purpose}/{what}")
     branch, curve = u("branch", 2), u("curve", 6)
     shuffled = branch[:, 0] >= 1 - p_shuffle if aug_mode == "exclusive" else branch[:, 1] < p_shuffle
     outside, windows = _painting(u("paint", 27), p_paint, p_out, size)
@@ -124,68 +125,46 @@ def shuffle_patches(
     return x.permute(0, 3, 1, 4, 2, 5).reshape(B, C, H, W)
 
 # %% ../../nbs/2_views/02_popar_distortions.ipynb #93945cb5
-def _turns(blocks: Tensor) -> Tensor:  # (B,n,4) -> (B,n) int64
-    "When each block may be shuffled, so that overlapping ones keep their order."
-    low, high = blocks[..., :2], blocks[..., :2] + blocks[..., 2:]
-    meet = ((low[:, :, None] < high[:, None]) & (low[:, None] < high[:, :, None])).all(-1).tril(-1)
-    turn = torch.zeros_like(blocks[..., 0])
-    while True:
-        later = (meet * (turn[:, None] + 1)).amax(2)
-        if torch.equal(later, turn): return turn
-        turn = later
-
-# %% ../../nbs/2_views/02_popar_distortions.ipynb #e08e26ec
 def _sorted(x: Tensor) -> Tensor:  # (N,) int64
     "Ascending; by NumPy where it can, whose sort is vectorised."
     return torch.from_numpy(np.sort(x.numpy())) if x.device.type == "cpu" else x.sort().values
 
-# %% ../../nbs/2_views/02_popar_distortions.ipynb #3295e5ae
-def _block_table(blocks: Tensor, H: int, W: int) -> tuple[Tensor, Tensor, list[int]]:  # (B,n,4)
-    "(5,B·n): height, width, first pixel, first hash, first entry, turn by turn; hashes a sample needs; entries in each turn."
-    B, n, _ = blocks.shape
-    sample = torch.arange(B, device=blocks.device)[:, None]
-    top, left, h, w = blocks.unbind(2)                                          # (B,n)
-    area = h * w
-    hashes = area.sum(1).amax()
-    pixel0, hash0 = (sample * H + top) * W + left, area.cumsum(1) - area + sample * hashes
-    turn, order = _turns(blocks).flatten().sort(stable=True)
-    h, w, area, pixel0, hash0 = (v.flatten()[order] for v in (h, w, area, pixel0, hash0))
-    moves = torch.zeros_like(h).index_add_(0, turn, area)[:int(turn[-1]) + 1]
-    return torch.stack([h, w, pixel0, hash0, area.cumsum(0) - area]), hashes, moves.tolist()
-
-# %% ../../nbs/2_views/02_popar_distortions.ipynb #63924982
-def _shuffle_plan(
+# %% ../../nbs/2_views/02_popar_distortions.ipynb #063baa40
+def _block_pixels(
     blocks: Tensor,  # (B,n,4) int64
     keys: Tensor,    # (B,) int64
     H: int, W: int,  # of the images
-) -> tuple[Tensor, Tensor, list[int]]:  # (N,) pixels of the flattened images, (N,) where each comes from, moves' lengths
-    "All blocks' pixels, turn by turn, and the pixels that move there."
-    (h, w, pixel0, hash0, entry0), n, moves = _block_table(blocks, H, W)
-    block = torch.repeat_interleave(h)                                          # of each row
+) -> tuple[Tensor, Tensor]:  # (N,) pixels of the flattened images, (N,) the entry of this list that each receives
+    "The pixels of all blocks, block by block, and how they are shuffled."
+    sample = torch.arange(len(blocks), device=keys.device)[:, None]
+    top, left, h, w = blocks.unbind(2)                                          # (B,n)
+    used, pixel0 = (h * w).sum(1).tolist(), ((sample * H + top) * W + left).flatten()
+    h, w = h.flatten(), w.flatten()
+    entry0, bits = (h * w).cumsum(0) - h * w, int((h * w).max()).bit_length()
+    number, block = torch.arange(len(h), device=h.device), torch.repeat_interleave(h)
     def of(v: Tensor) -> Tensor: return v.index_select(0, block)                # per block -> per row
     wide, down = of(w), torch.arange(len(block), device=h.device) - of(h.cumsum(0) - h)
-    row = torch.repeat_interleave(wide)                                         # of each entry
+    row = torch.repeat_interleave(wide)
     entry = torch.arange(len(row), device=h.device)
     def spread(v: Tensor) -> Tensor: return v.index_select(0, row)              # per row -> per entry
     pixel = spread(of(pixel0) + down * W - (wide.cumsum(0) - wide)).add_(entry)
-    rank = hash32(keys, int(n)).view(-1).index_select(0, spread(of(hash0 - entry0)).add_(entry))
-    bits = int((h * w).max()).bit_length()
-    first = (torch.arange(len(h), device=h.device) << (32 + bits)) - entry0
-    key = rank.to(torch.int64).bitwise_and_(0xFFFFFFFF).bitwise_left_shift_(bits).add_(spread(of(first))).add_(entry)
-    came_from = _sorted(key).bitwise_and_((1 << bits) - 1).add_(spread(of(entry0)))
-    return pixel, pixel.index_select(0, came_from), moves
+    rank = torch.cat([r[:n] for r, n in zip(hash32(keys, max(used)), used)])
+    key = rank.to(torch.int64).bitwise_left_shift_(bits).add_(entry)
+    key.add_(spread(of((number << (32 + bits)) - entry0)))
+    return pixel, _sorted(key).bitwise_and_((1 << bits) - 1).add_(spread(of(entry0)))
 
-# %% ../../nbs/2_views/02_popar_distortions.ipynb #b7b4ff44
+# %% ../../nbs/2_views/02_popar_distortions.ipynb #3295e5ae
 def _shuffle_blocks_(x: Tensor, blocks: Tensor, keys: Tensor) -> Tensor:  # (B,H,W,C), (B,n,4), (B,)
-    "In place: shuffle the pixels inside each block, as if one block after the other."
+    "In place: the untouched image's pixels, shuffled inside each block; the last block wins."
     if not blocks.shape[1]: return x
     (_, H, W, C), flat = x.shape, x.view(-1)
-    blocks = blocks * torch.tensor([1, C, 1, C], device=x.device)
-    pixel, source, moves = _shuffle_plan(blocks, keys, H, W * C)
-    for a, b in zip(pixel.split(moves), source.split(moves)): flat.index_copy_(0, a, flat.index_select(0, b))
-    return x
+    pixel, receives = _block_pixels(blocks * torch.tensor([1, C, 1, C], device=x.device), keys, H, W * C)
+    entry = torch.arange(len(pixel), dtype=torch.int32, device=x.device)
+    last = torch.empty_like(flat, dtype=torch.int32).scatter_reduce_(0, pixel, entry, "amax", include_self=False)
+    source = pixel.index_select(0, receives.index_select(0, last.index_select(0, pixel)))
+    return flat.index_copy_(0, pixel, flat.index_select(0, source)).view_as(x)
 
-# %% ../../nbs/2_views/02_popar_distortions.ipynb #ef244d54
+# %% ../../nbs/2_views/02_popar_distortions.ipynb #a030a09b
 _LEVELS = 4 * 255 + 1
 
 def _curve(control: Tensor, decreasing: Tensor) -> tuple[Tensor, Tensor]:  # (B,2,2), (B,) -> two (B,500) float64
@@ -207,13 +186,14 @@ def _tables(control: Tensor, decreasing: Tensor) -> Tensor:  # (B,2,2), (B,) -> 
 
 def _look_up_(x: Tensor, tables: Tensor) -> Tensor:  # (B,...) in [0,1], (B,_LEVELS)
     "In place: each sample's intensities through its own table."
-    # in strips: a whole group's int64 index is so large that the allocator fetches new pages for it each time
+    first = torch.arange(0, tables.numel(), _LEVELS, dtype=torch.int32, device=x.device)[:, None]
+    # in strips, whose temporaries stay in the cache
     for strip in x.view(len(x), -1).split(2 ** 15, 1):
-        i = strip.mul(_LEVELS - 1).add_(.5).clamp_(0, _LEVELS - 1).to(torch.int64)
-        strip.copy_(tables.gather(1, i))
+        i = strip.mul(_LEVELS - 1).add_(.5).clamp_(0, _LEVELS - 1).to(torch.int32).add_(first)
+        strip.copy_(tables.view(-1).index_select(0, i.view(-1)).view_as(i))
     return x
 
-# %% ../../nbs/2_views/02_popar_distortions.ipynb #e8af99a8
+# %% ../../nbs/2_views/02_popar_distortions.ipynb #89527fa7
 def _row_kinds(windows: Tensor, outside: Tensor, size: int) -> tuple[Tensor, Tensor]:  # (B,5,4), (B,)
     "All kinds of rows, (B·32,size) uint8, 1 where painted, and the kind of each row, (B·size,) int64."
     at, low = torch.arange(size, device=windows.device), windows[..., :2, None]
@@ -225,32 +205,22 @@ def _row_kinds(windows: Tensor, outside: Tensor, size: int) -> tuple[Tensor, Ten
     rows = rows + len(kinds) * torch.arange(len(rows), device=at.device)[:, None]
     return table.flatten(0, 1), rows.flatten()
 
-# %% ../../nbs/2_views/02_popar_distortions.ipynb #80189c8a
+# %% ../../nbs/2_views/02_popar_distortions.ipynb #e8af99a8
 def _paint_(x: Tensor, windows: Tensor, outside: Tensor, keys: Tensor) -> Tensor:  # (B,H,W,C), (B,5,4), (B,), (B,)
     "In place: uniform noise inside the windows, or outside them."
     B, H, W, C = x.shape
     table, rows = _row_kinds(windows, outside, H)
-    keep = (1 - table).index_select(0, rows).view(B, H, W, 1)
-    paint = (table * 255).index_select(0, rows).view(B, H, W, 1)
-    n = H * W * C
+    painted, n = table.float().index_select(0, rows).view(B, H, W, 1), H * W * C
     noise = hash32(keys, (n + 3) // 4).view(torch.uint8)[:, :n].reshape(B, H, W, C)
     if C > 1: noise = torch.where(outside.view(B, 1, 1, 1), noise, noise[..., :1])
-    return x.mul_(keep).add_(noise.bitwise_and_(paint), alpha=1 / 255)
+    return x.lerp_(noise.float().div_(255), painted)
 
-# %% ../../nbs/2_views/02_popar_distortions.ipynb #8fb6ff6e
-def _group(x: Tensor, p: DistortParams) -> int:  # (B,H,W,C)
-    "How many samples at a time: what suits caches and allocator, and no more than block numbers have bits for."
-    n = x.shape[1:].numel()
-    fit = max(3, 2 ** 18 // n) if x.device.type == "cpu" else 2 ** 26 // n
-    bits = (x.shape[3] * (p.size // 10) ** 2).bit_length()
-    return max(1, min(fit, 2 ** (31 - bits) // max(1, p.blocks.shape[1])))
-
-
+# %% ../../nbs/2_views/02_popar_distortions.ipynb #7a1501b1
 def apply_distortion(
     images: Tensor,         # (B,C,H,W) float32 in [0,1], H = W = params.size
     params: DistortParams,  # of B samples
 ) -> Tensor:                # (B,C,H,W); samples that are not `distorted` are unchanged
-    "Distort the appearance of each sample that is to be distorted (PEAC, section 3.1; Models Genesis)."
+    "Distort the appearance of each sample that is to be distorted (PEAC, section 3.2; Models Genesis)."
     B, size = len(params.distorted), params.size
     if images.ndim != 4 or len(images) != B or images.shape[2:] != (size, size) or images.dtype != torch.float32:
         raise DistortError(f"images are {images.dtype} {tuple(images.shape)}: expected torch.float32 ({B}, C, {size}, {size}); "
@@ -258,8 +228,10 @@ def apply_distortion(
     x = images.permute(0, 2, 3, 1).contiguous()
     out, tables = torch.empty_like(x), _tables(params.control, params.decreasing)
     kind = params.distorted * (1 + params.nonlinear.to(torch.int64))            # 0 clean, 1 distorted, 2 and mapped
+    # few enough that block, hash and number fit the packed integer
+    group = max(1, (3 * 2 ** 18 if x.device.type == "cpu" else 2 ** 24) // x.shape[1:].numel())
     for k in range(3):
-        for rows in (kind == k).nonzero()[:, 0].split(_group(x, params)):
+        for rows in (kind == k).nonzero()[:, 0].split(group):
             part = x.index_select(0, rows)
             if k and len(rows):
                 p = params[rows]
