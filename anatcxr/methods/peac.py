@@ -75,9 +75,9 @@ class PEACConfig:
 
     def resolved(self) -> "PEACConfig":
         "The same settings with every `None` replaced by its value; `PEACError` lists everything that is impossible."
-        problems = [f"{name}={getattr(self, name)!r}: expected one of {ok}" for name, ok in CHOICES.items()
-                    if getattr(self, name) not in ok]
-        problems += [f"{names}: {text}" for names, holds, text in LIMITS if not holds(self)]
+        problems = [f"{f}={getattr(self, f)!r}: expected one of {ok}" for f, ok in CHOICES.items() if getattr(self, f) not in ok]
+        values = lambda names: ", ".join(f"{n}={getattr(self, n)!r}" for n in names.split(", "))
+        problems += [f"{values(names)}: {text}" for names, holds, text in LIMITS if not holds(self)]
         if problems: raise PEACError("; ".join(problems))
         r = self.reduction
         values = VARIANTS[self.variant] | dict(local_reduce={"sum": "sum_z"}.get(r, r), reduce_order=r, reduce_restore=r)
@@ -100,15 +100,15 @@ CHOICES = dict(
 
 LIMITS = (
     ("arms", lambda c: c.arms and set(c.arms) <= set("oagl"), "expected one or more of the letters o, a, g, l"),
-    ("n, m, k", lambda c: c.m >= 1 and 1 <= c.k <= c.n - 1, "a crop of k patches is larger than its image of n-1; choose k <= n-1, all above 0"),
-    ("k", lambda c: "l" not in c.arms or 2 * c.k > c.n - 1, "crops need not overlap and have nothing to match; choose 2k > n-1, or arms without l"),
-    ("aug_mode", lambda c: c.aug_mode != "exclusive" or c.p_distort + c.p_shuffle <= 1, "p_distort + p_shuffle is above 1; choose less, or 'independent'"),
+    ("n, k", lambda c: 1 <= c.k <= c.n - 1, "a crop of k patches is larger than its image of n-1; choose 1 <= k <= n-1"),
+    ("n, k", lambda c: "l" not in c.arms or 2 * c.k > c.n - 1, "crops need not overlap and have nothing to match; choose 2k > n-1, or arms without l"),
+    ("p_distort, p_shuffle", lambda c: c.aug_mode != "exclusive" or c.p_distort + c.p_shuffle <= 1, "their sum is above 1; choose less, or aug_mode='independent'"),
     *((p, lambda c, p=p: 0 <= getattr(c, p) <= 1, "must be in [0,1]")
       for p in ("p_distort", "p_shuffle", "p_nonlinear", "p_paint", "p_out", "ema_base")),
     *((w, lambda c, w=w: (getattr(c, w) or 0) >= 0, "must not be negative") for w in ("w_order", "w_restore", "w_global", "w_local", "n_blocks")),
     *((e, lambda c, e=e: re.fullmatch(r"[1-9]\d*(-[1-9]\d*){2}", getattr(c, e)), "expected three widths, such as 512-512-512")
       for e in ("mlp_global", "mlp_local")),
-    ("std", lambda c: c.std > 0, "must be above 0"), ("drop_path", lambda c: 0 <= c.drop_path < 1, "must be in [0,1)"),
+    *((x, lambda c, x=x: getattr(c, x) > 0, "must be above 0") for x in ("m", "std")), ("drop_path", lambda c: 0 <= c.drop_path < 1, "must be in [0,1)"),
 )
 
 # %% ../../nbs/4_methods/01_peac.ipynb #0e5c4f31

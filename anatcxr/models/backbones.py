@@ -45,7 +45,8 @@ def _build(name: str, img_size: int, pretrained: bool, drop_path: float, kw: dic
         return cls(**(sizes | kw))
     if not timm.is_model(name.split(".")[0]):
         near = difflib.get_close_matches(name, [*MICRO, *timm.list_models()], n=4)
-        raise BackboneError(f"backbone: unknown model {name!r}; did you mean {near}? timm.list_models() names all.")
+        hint = f"did you mean {near}? " if near else ""
+        raise BackboneError(f"backbone: unknown model {name!r}; {hint}timm.list_models() names all.")
     model = timm.create_model(name, pretrained=pretrained, **kw) if _takes_size(name) else None
     if not isinstance(model, (VisionTransformer, SwinTransformer)):
         raise BackboneError(f"backbone: {name!r} is not a timm ViT or Swin (version 1), so it has no grid of tokens; try "

@@ -110,7 +110,8 @@ def checked(job: Job, numbers: dict[str, Tensor], **context) -> dict[str, float]
     save_checkpoint(path, {**context, "losses": mean})
     raise NonFiniteLoss(
         f"step {context['step']}: {', '.join(bad)} not finite; the batch is in {path} (images, ids, losses, step). "
-        "The last checkpoint is sound. Look at the images; if they are, lower lr, set clip, or use precision='fp32'.")
+        "Look at the images; if they are sound, start a new run (another `out`, or resume=False) with a lower lr, a smaller "
+        "clip or precision='fp32'.")
 
 # %% ../../nbs/5_train/02_pretrain.ipynb #693395b9
 def same_run(path: str | Path, content: dict, cfg: LoopConfig, data_hash: str):

@@ -47,7 +47,7 @@ def _boxes(u: Tensor, low: int, high: int, border: int, size: int) -> Tensor:  #
 
 # %% ../../nbs/2_views/02_popar_distortions.ipynb #202604ce
 def _painting(u: Tensor, p_paint: float, p_out: float, size: int) -> tuple[Tensor, Tensor]:  # (B,27) -> (B,) bool, (B,5,4)
-    "Whether noise goes outside the windows, and the windows (protocols of POPAR)."
+    "Whether noise goes outside the windows, and the windows (as POPAR's released code draws them)."
     painted, outside = u[:, 0] < p_paint, u[:, 1] < p_out
     more = u[:, 2:7] < .95
     more[:, 0] |= outside
