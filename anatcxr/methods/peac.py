@@ -76,8 +76,8 @@ class PEACConfig:
     def resolved(self) -> "PEACConfig":
         "The same settings with every `None` replaced by its value; `PEACError` lists everything that is impossible."
         problems = [f"{f}={getattr(self, f)!r}: expected one of {ok}" for f, ok in CHOICES.items() if getattr(self, f) not in ok]
-        values = lambda names: ", ".join(f"{n}={getattr(self, n)!r}" for n in names.split(", "))
-        problems += [f"{values(names)}: {text}" for names, holds, text in LIMITS if not holds(self)]
+        given = lambda names: ", ".join(f"{n}={getattr(self, n)!r}" for n in names.split(", "))
+        problems += [f"{given(names)}: {text}" for names, holds, text in LIMITS if not holds(self)]
         if problems: raise PEACError("; ".join(problems))
         r = self.reduction
         values = VARIANTS[self.variant] | dict(local_reduce={"sum": "sum_z"}.get(r, r), reduce_order=r, reduce_restore=r)

@@ -9,7 +9,6 @@ __all__ = ['MICRO', 'Preprocess', 'BackboneError', 'Backbone', 'create_backbone'
 import difflib
 from dataclasses import dataclass
 import timm
-import torch
 from torch import Tensor, nn
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
