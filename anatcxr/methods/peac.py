@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from timm.optim import param_groups_weight_decay
+from .settings import decay_groups, filled, problems_of
 from ..models.backbones import Backbone, Preprocess, create_backbone
 from ..models.decoder import PixelShuffleDecoder
 from ..models.teacher import EMATeacher, cosine_schedule, effective_rank, linear_r2, scaled_std, slot_share
@@ -75,16 +75,12 @@ class PEACConfig:
 
     def resolved(self) -> "PEACConfig":
         "The same settings with every `None` replaced by its value; `PEACError` lists everything that is impossible."
-        problems = [f"{f}={getattr(self, f)!r}: expected one of {ok}" for f, ok in CHOICES.items() if getattr(self, f) not in ok]
-        given = lambda names: ", ".join(f"{n}={getattr(self, n)!r}" for n in names.split(", "))
-        problems += [f"{given(names)}: {text}" for names, holds, text in LIMITS if not holds(self)]
-        if problems: raise PEACError("; ".join(problems))
+        if problems := problems_of(self, CHOICES, LIMITS): raise PEACError("; ".join(problems))
         r = self.reduction
         values = VARIANTS[self.variant] | dict(local_reduce={"sum": "sum_z"}.get(r, r), reduce_order=r, reduce_restore=r)
-        filled = {f: v for f, v in values.items() if getattr(self, f) is None}
         for f, mlp in (("w_global", self.mlp_global), ("w_local", self.mlp_local)):
-            if isinstance(filled.get(f), str): filled[f] = float(filled[f].split("/")[0]) / int(mlp.split("-")[-1])
-        return replace(self, **filled)
+            if isinstance(values[f], str): values[f] = float(values[f].split("/")[0]) / int(mlp.split("-")[-1])
+        return filled(self, values)
 
     def build(self) -> "PEAC":
         "The method with new weights."
@@ -284,9 +280,7 @@ class PEAC(nn.Module):
 
     def param_groups(self, weight_decay: float) -> list[dict]:
         "Trainable parameters; biases, norms and timm's list of exceptions without weight decay."
-        skip = getattr(self.student.backbone.model, "no_weight_decay", set)()
-        names = [n for n, _ in self.named_parameters() if n.split(".")[-1] in {s.split(".")[-1] for s in skip}]
-        return param_groups_weight_decay(self, weight_decay, names)
+        return decay_groups(self, self.student.backbone.model, weight_decay)
 
     def encoder(self, which: str = "student") -> Backbone:
         "The backbone of the student or of the teacher."
