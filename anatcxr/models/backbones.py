@@ -19,12 +19,18 @@ class Preprocess:
     "What a method wants to be fed with."
     size: int            # side of the square image, pixels
     rule: str = "crop"   # "crop" (short side, then centre crop) or "squash"
-    mean: float = .5056  # of ChestX-ray14, PEAC's released loader
-    std: float = .252
+    mean: float | tuple[float, ...] = .5056  # of ChestX-ray14, PEAC's released loader; or one for each channel
+    std: float | tuple[float, ...] = .252
 
     def normalise(self, images: Tensor) -> Tensor:  # (B,C,H,W) in [0,1] -> (B,C,H,W)
         "Subtract the mean, divide by the standard deviation."
-        return (images - self.mean) / self.std
+        mean, std = (images.new_tensor(v).view(-1, 1, 1) for v in (self.mean, self.std))
+        return (images - mean) / std
+
+    def pixels(self, normalised: Tensor) -> Tensor:  # (B,C,H,W) -> (B,C,H,W) in [0,1]
+        "What `normalise` was given; values outside [0,1] are cut off."
+        mean, std = (normalised.new_tensor(v).view(-1, 1, 1) for v in (self.mean, self.std))
+        return (normalised * std + mean).clamp(0, 1)
 
 
 class BackboneError(ValueError):
@@ -34,6 +40,7 @@ class BackboneError(ValueError):
 MICRO = {
     "micro_swin": (SwinTransformer, dict(patch_size=8, embed_dim=64, depths=(2, 4), num_heads=(4, 8), window_size=7)),
     "micro_vit": (VisionTransformer, dict(patch_size=16, embed_dim=96, depth=6, num_heads=3)),
+    "micro_vit_nopos": (VisionTransformer, dict(patch_size=16, embed_dim=96, depth=6, num_heads=3, pos_embed="none")),
 }
 
 # %% ../../nbs/3_models/01_backbones.ipynb #af3daadd
