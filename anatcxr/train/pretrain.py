@@ -6,7 +6,7 @@
 __all__ = ['addressed_torch', 'Job', 'forward_backward', 'NonFiniteLoss', 'checked', 'same_run', 'batches', 'Run', 'pretrain',
            'main']
 
-# %% ../../nbs/5_train/02_pretrain.ipynb #dd2ea310
+# %% ../../nbs/5_train/02_pretrain.ipynb #78772b2c
 import contextlib
 import math
 import sys
@@ -25,9 +25,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..data.loader import Loader
-from ..data.manifest import ChestXrays, ManifestError, read_manifest
+from ..data.manifest import ChestXrays, read_manifest
 from ..data.rng import address
-from ..data.table import _select
 from .config import PRETRAIN, ConfigError, LoopConfig
 from .optimise import build_optimizer, clip_gradients, schedules
 from .record import (
@@ -118,7 +117,7 @@ def batches(loader: Loader, step: int, total: int) -> Iterator[tuple[int, int, T
             yield step, epoch, images, ids
             step += 1
 
-# %% ../../nbs/5_train/02_pretrain.ipynb #edf04507
+# %% ../../nbs/5_train/02_pretrain.ipynb #36abd2fa
 def _accelerator(cfg: LoopConfig) -> Accelerator:
     "Device, precision and processes, whatever an earlier run in this Python used."
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -151,13 +150,12 @@ def _images(cfg: LoopConfig, method) -> ChestXrays:
 
 
 def _normal(cfg: LoopConfig, table: pd.DataFrame) -> pd.DataFrame:
-    "The rows that `cfg.normal` calls normal."
-    try: return table.iloc[_select(table, cfg.normal)]
-    except ManifestError as e:
-        there = ", ".join(map(str, table.label.dropna().unique()[:8])) or "none"
-        raise ConfigError(type(cfg).__name__, [
-            f"data={cfg.data!r}: the method pretrains on images labelled normal, and normal={cfg.normal!r} finds none ({e}). Labels there: "
-            f"{there}. Name column and value as a query, for example normal=\"label == 'No Finding'\""]) from e
+    "The rows that are labelled normal."
+    if cfg.label_column in table and (normal := table[cfg.label_column].astype(str) == cfg.normal_label).any(): return table[normal]
+    there = table[cfg.label_column].dropna().unique()[:8].tolist() if cfg.label_column in table else f"no such column; there are {', '.join(table)}"
+    raise ConfigError(type(cfg).__name__, [
+        f"data={cfg.data!r}: the method pretrains on images labelled normal, but column {cfg.label_column!r} has no {cfg.normal_label!r} (found: {there}); "
+        "name the column with label_column and its value for an image without findings with normal_label"])
 
 # %% ../../nbs/5_train/02_pretrain.ipynb #e2c0b05b
 def _step(job: Job, step: int, epoch: int, batch: tuple[Tensor, Tensor]) -> tuple[dict, object]:

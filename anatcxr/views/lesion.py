@@ -40,7 +40,7 @@ class LesionParams:
         own = ((f.name, getattr(self, f.name)) for f in fields(self))
         return replace(self, **{name: v[rows] for name, v in own if isinstance(v, Tensor)})
 
-# %% ../../nbs/2_views/03_slm_synthesis.ipynb #87e2cd9e
+# %% ../../nbs/2_views/03_slm_synthesis.ipynb #8e41a4cc
 _VARIANTS = {
     "paper": dict(lesion=(16, 64), eta="random_region", per_lesion=True, clip_max=1.),
     "released": dict(lesion=(16, 128), eta="largest_60_released", per_lesion=False, clip_max=235 / 255),
@@ -57,13 +57,12 @@ def _check_lesions(size: int, n: int, R: tuple[int, int], flags: dict) -> None:
     if not 1 <= R[0] <= R[1]: raise LesionError(f"R={R}: expected (fewest, most) with 1 <= fewest <= most")
     for name in ("gamma", "amp", "clip_max"):
         if not flags[name] > 0: raise LesionError(f"{name}={flags[name]}: expected a positive number")
-    low, high = flags["lesion"]
-    if not 0 < low <= high: raise LesionError(f"lesion={low, high}: expected (smallest, largest), positive, in this order")
+    if not 0 < (low := flags["lesion"][0]) <= (high := flags["lesion"][1]): raise LesionError(f"lesion={low, high}: expected 0 < smallest <= largest")
     if max(3, round(high * size / 224)) > size:
-        raise LesionError(f"lesion={low, high} at size={size}: the largest side would be {round(high * size / 224)} pixels, "
-                          f"more than the image; lengths are for 224 pixels, choose at most 224")
+        raise LesionError(f"lesion={low, high} at size={size}: the largest side would be "
+                          f"{round(high * size / 224)} pixels, more than the image; lengths are for 224 pixels, choose at most 224")
 
-# %% ../../nbs/2_views/03_slm_synthesis.ipynb #1f08d273
+# %% ../../nbs/2_views/03_slm_synthesis.ipynb #2c6c516d
 def sample_lesions(
     seed: int,                       # of the run
     epoch: int,                      # or step
@@ -91,8 +90,9 @@ def sample_lesions(
     low, high = (max(3, round(s * size / 224)) for s in flags.pop("lesion"))
     u = uniform(seed, epoch, ids, purpose, n * (2 + 4 * R[1])).view(len(ids) * n, -1)
     each = u[:, 2:].view(len(u), R[1], 4)
-    return LesionParams(count=integers(u[:, 0], R[0], R[1] + 1), texture=u[:, 1], sides=integers(each[..., :2], low, high + 1),
-                        place=each[..., 2:], size=size, largest=high, **flags)
+    return LesionParams(
+        count=integers(u[:, 0], R[0], R[1] + 1), texture=u[:, 1], sides=integers(each[..., :2], low, high + 1),
+        place=each[..., 2:], size=size, largest=high, **flags)
 
 # %% ../../nbs/2_views/03_slm_synthesis.ipynb #b18ff769
 def _cut(x: Tensor, corner: Tensor, side: int) -> Tensor:  # (B,h,w), (N,2) -> (N,side,side); N is a multiple of B
@@ -136,7 +136,7 @@ def _region_boxes(bright: Tensor, u: Tensor, side: int) -> Tensor:  # (B,h,w) bo
     (top, bottom), (left, right) = _extent(region.any(2)), _extent(region.any(1))
     return torch.stack([top, left, bottom, right], 1) + low.repeat(1, 2)
 
-# %% ../../nbs/2_views/03_slm_synthesis.ipynb #603465f4
+# %% ../../nbs/2_views/03_slm_synthesis.ipynb #cbbabc04
 def _components(mask: Tensor) -> Tensor:  # (B,h,w) bool -> (B,h,w) int64
     "One number for each connected region, corners included; 0 outside."
     B, h, w = mask.shape
@@ -153,12 +153,13 @@ def _components(mask: Tensor) -> Tensor:  # (B,h,w) bool -> (B,h,w) int64
 def _largest(mask: Tensor) -> Tensor:  # (B,h,w) bool -> (B,h,w) bool
     "The connected region with the most pixels."
     label = _components(mask).flatten(1)
-    area = torch.zeros(len(label), label.shape[1] + 1, device=mask.device).scatter_add_(1, label, torch.ones_like(label, dtype=torch.float32))
+    area = torch.zeros(len(label), label.shape[1] + 1, device=mask.device)
+    area.scatter_add_(1, label, torch.ones_like(area[:, 1:]))
     area[:, 0] = 0
     return (label == area.argmax(1, keepdim=True)).view_as(mask) & mask
 
-# %% ../../nbs/2_views/03_slm_synthesis.ipynb #005c7174
-def _circle_centre(mask: Tensor, steps: int = 200) -> Tensor:  # (B,h,w) bool -> (B,2) float32 row, column
+# %% ../../nbs/2_views/03_slm_synthesis.ipynb #3ec5c075
+def _circle_centre(mask: Tensor, steps: int = 100) -> Tensor:  # (B,h,w) bool -> (B,2) float32 row, column
     "About the centre of the smallest circle around each mask's pixels."
     left, right = _extent(mask.flatten(0, 1))
     row = torch.arange(mask.shape[1], device=mask.device).repeat(len(mask), 2)               # (B,2h)
@@ -179,13 +180,12 @@ def _largest_boxes(bright: Tensor, side: int) -> Tensor:  # (B,h,w) bool -> (B,4
     box = torch.cat([centre - side // 2, centre - side // 2 + side], 1).clamp_(min=0)
     return torch.minimum(box, 4 * torch.tensor([h, w, h, w], device=box.device))
 
-# %% ../../nbs/2_views/03_slm_synthesis.ipynb #ddc24cbd
+# %% ../../nbs/2_views/03_slm_synthesis.ipynb #a20dc779
 def _texture_boxes(small: Tensor, params: LesionParams) -> tuple[Tensor, Tensor]:  # (B,h,w) -> (N,4) pixels, (N,) bool
     "The box of each mask's texture, and whether there is one."
     bright = small > otsu_threshold(small)[:, None, None]
-    n, side = len(params.count) // len(small), _window(params.size)
-    if params.eta == "random_region": box = 4 * _region_boxes(bright, params.texture, side)
-    else: box = _largest_boxes(bright, 4 * side).repeat_interleave(n, 0)
+    n, side, region = len(params.count) // len(small), _window(params.size), params.eta == "random_region"
+    box = 4 * _region_boxes(bright, params.texture, side) if region else _largest_boxes(bright, 4 * side).repeat_interleave(n, 0)
     return box, bright.flatten(1).any(1).repeat_interleave(n, 0)
 
 
@@ -198,8 +198,8 @@ def _corners(small: Tensor, params: LesionParams) -> Tensor:  # (B,h,w) -> (N,R,
     "Top left (row, col) of each lesion, in pixels."
     return place_boxes(_lungs(small) if params.where == "lungs" else None, params.sides, params.place, params.size)
 
-# %% ../../nbs/2_views/03_slm_synthesis.ipynb #a894b504
-def _axis(at: Tensor, side: Tensor, half: Tensor, gamma: float) -> tuple[Tensor, Tensor]:  # (K,T) from the lesion's edge, (K,), (K,)
+# %% ../../nbs/2_views/03_slm_synthesis.ipynb #d9ce0793
+def _axis(at: Tensor, side: Tensor, half: Tensor, gamma: float) -> tuple[Tensor, Tensor]:  # (K,T), (K,), (K,)
     "The Gaussian of Eq. 2 along one axis, 0 outside the lesion, and its least value inside."
     y = at + .5
     inside = (y > 0) & (y < side[:, None])
@@ -213,21 +213,21 @@ def _shapes(at: Tensor, sides: Tensor, params: LesionParams) -> Tensor:  # (K,2,
     if params.shape == "circle": half = half.amin(1, keepdim=True).expand(-1, 2)
     (row, row0), (col, col0) = (_axis(at[:, i], sides[:, i], half[:, i], params.gamma) for i in (0, 1))
     low, high = row0 * col0, row.amax(1) * col.amax(1)
-    scale = params.amp / (high - low)
-    return (row[:, :, None] * col[:, None]).sub_(low.view(-1, 1, 1)).clamp_(min=0).mul_(scale.view(-1, 1, 1))
+    low, scale = low.view(-1, 1, 1), (params.amp / (high - low)).view(-1, 1, 1)
+    return (row[:, :, None] * col[:, None]).sub_(low).clamp_(min=0).mul_(scale)
 
-# %% ../../nbs/2_views/03_slm_synthesis.ipynb #6bbc0c25
-def _resized(eta: Tensor, box: Tensor, at: Tensor, sides: Tensor) -> Tensor:  # (K,W,W), (K,4) in it, (K,2,T), (K,2) -> (K,T,T)
-    "The texture in each box, bilinearly resized to the lesion's sides."
+# %% ../../nbs/2_views/03_slm_synthesis.ipynb #c7fb1202
+def _resized(eta: Tensor, box: Tensor, at: Tensor, sides: Tensor) -> Tensor:  # -> (K,T,T)
+    "Textures (K,W,W) in boxes (K,4), bilinearly resized to sides (K,2), at pixels (K,2,T)."
     low, high = box[:, :2, None].float(), box[:, 2:, None].float()
     source = (at + .5) * ((high - low) / sides[..., None]) + (low - .5)
     source = torch.minimum(torch.maximum(source, low), high - 1).add_(.5).mul_(2 / eta.shape[1]).sub_(1)
     grid = torch.stack(torch.broadcast_tensors(source[:, 1, None, :], source[:, 0, :, None]), -1)    # (K,T,T,2) x, y
     return F.grid_sample(eta[:, None], grid, padding_mode="border", align_corners=False)[:, 0]
 
-# %% ../../nbs/2_views/03_slm_synthesis.ipynb #271959e8
-def _textures(images: Tensor, box: Tensor, params: LesionParams) -> tuple[Tensor, Tensor]:  # (B,1,S,S), (N,4) -> (N,W,W), (N,4)
-    "A window of pixels around each texture, and its box in there."
+# %% ../../nbs/2_views/03_slm_synthesis.ipynb #64dc35ff
+def _textures(images: Tensor, box: Tensor, params: LesionParams) -> tuple[Tensor, Tensor]:
+    "Windows (N,W,W) of the images (B,1,S,S) around the boxes (N,4), and the boxes in there."
     side = 4 * _window(params.size)
     low = box[:, :2].clamp(max=params.size - side)
     eta, box = _cut(images[:, 0], low, side), box - low.repeat(1, 2)
@@ -257,7 +257,7 @@ def _add_lesions_(M: Tensor, corner: Tensor, eta: Tensor, box: Tensor, params: L
     for part, start in zip(tile.split(used.sum(1).tolist()), first.split(used.sum(1).tolist())):
         flat.scatter_add_(0, (start + within).view(-1), part.view(-1))
 
-# %% ../../nbs/2_views/03_slm_synthesis.ipynb #6339190a
+# %% ../../nbs/2_views/03_slm_synthesis.ipynb #58c5c09e
 _GROUP = 64  # masks
 
 
@@ -268,8 +268,8 @@ def apply_lesions(
     "n synthetic abnormal images of each image, and what was added (AFiRe, Eq. 4-5)."
     N, B, S = len(params.count), len(images), params.size
     if images.ndim != 4 or images.shape[1:] != (1, S, S) or images.dtype != torch.float32 or N % max(B, 1) or (N and not B):
-        raise LesionError(f"images are {images.dtype} {tuple(images.shape)} for {N} masks: expected torch.float32 (B, 1, {S}, {S}) and a "
-                          "multiple of B masks; draw the parameters for these images")
+        raise LesionError(f"images are {images.dtype} {tuple(images.shape)} for {N} masks: expected torch.float32 "
+                          f"(B, 1, {S}, {S}) and a multiple of B masks; draw the parameters for these images")
     M, abnormal = (images.new_empty(N, 1, S, S) for _ in range(2))
     if not N: return abnormal, M
     small, n = quarter_size(images), N // B

@@ -35,7 +35,7 @@ class PasteParams:
         own = ((f.name, getattr(self, f.name)) for f in fields(self))
         return replace(self, **{name: v[rows] for name, v in own if isinstance(v, Tensor)})
 
-# %% ../../nbs/2_views/04_paste.ipynb #2989aed8
+# %% ../../nbs/2_views/04_paste.ipynb #23972ff7
 def _patch_sides(u: Tensor, size: int) -> Tensor:  # (N,2) in [0,1) -> (N,2) int64
     "Height and width for 2 to 15 % of the area and a ratio of .3 to 3.3."
     area, ratio = .02 + .13 * u[:, 0], torch.exp(math.log(.3) + math.log(11) * u[:, 1])
@@ -58,8 +58,10 @@ def sample_paste(
     if n < 1: raise PasteError(f"n={n}: expected at least one patch for each image")
     u, hard = uniform(seed, epoch, ids, purpose, 9 * n).view(-1, 9), kind == "cutpaste"
     value = integers(u[:, 7], 150, 255) / 255
-    return PasteParams(sides=_patch_sides(u[:, :2], size), source=u[:, 2:4], place=u[:, 4:6], ellipse=(u[:, 6] < .5) & (not hard),
-                       opacity=torch.ones_like(value) if hard else value, blur=u[:, 8] * (0 if hard else 14 * size / 256), size=size, kind=kind)
+    return PasteParams(
+        sides=_patch_sides(u[:, :2], size), source=u[:, 2:4], place=u[:, 4:6], ellipse=(u[:, 6] < .5) & (not hard),
+        opacity=torch.ones_like(value) if hard else value, blur=u[:, 8] * (0 if hard else 14 * size / 256),
+        size=size, kind=kind)
 
 # %% ../../nbs/2_views/04_paste.ipynb #7788d892
 def _blur_matrix(sigma: Tensor, T: int) -> Tensor:  # (N,) pixels -> (N,T,T)
@@ -69,9 +71,9 @@ def _blur_matrix(sigma: Tensor, T: int) -> Tensor:  # (N,) pixels -> (N,T,T)
     k = k / k.sum(1, keepdim=True)
     return k[:, 3 * T + 1:5 * T].unfold(1, T, 1).flip(1)
 
-# %% ../../nbs/2_views/04_paste.ipynb #fb7a26e3
-def _opacity(at: Tensor, params: PasteParams) -> Tensor:  # (N,2,T) from the patch's edge -> (N,T,T), 0 outside the patch
-    "How much of the patch is seen at each pixel."
+# %% ../../nbs/2_views/04_paste.ipynb #907c4d65
+def _opacity(at: Tensor, params: PasteParams) -> Tensor:  # (N,2,T) from the patch's edge -> (N,T,T)
+    "How much of the patch is seen at each pixel, 0 outside it."
     side = params.sides[..., None]
     margin = round(10 * params.size / 256) if params.kind == "anatpaste" else 0
     rel = (at + .5 - side / 2) / (side / 2 - (side // 4).clamp(max=margin))
@@ -82,8 +84,10 @@ def _opacity(at: Tensor, params: PasteParams) -> Tensor:  # (N,2,T) from the pat
     rows, cols = inside[:, 0, :, None] * params.opacity.view(-1, 1, 1), inside[:, 1, None, :]
     return (G @ mask @ G.mT) * rows * cols
 
-# %% ../../nbs/2_views/04_paste.ipynb #77bf7313
-def _paste_(abnormal: Tensor, M: Tensor, rows: Tensor, target: Tensor, source: Tensor, lungs: Tensor, p: PasteParams) -> None:
+# %% ../../nbs/2_views/04_paste.ipynb #a05cd3bd
+def _paste_(
+    abnormal: Tensor, M: Tensor, rows: Tensor, target: Tensor, source: Tensor, lungs: Tensor, p: PasteParams,
+) -> None:
     "Paste into the images `rows` (K,) of abnormal and M (N,1,S,S); corners (K,2), lungs (K,h,w), True where it may."
     S, T = p.size, int(p.sides.max())
     pixel, low = torch.arange(T, device=M.device), target.clamp(max=S - T)         # the tile is inside the image
@@ -99,7 +103,7 @@ def _paste_(abnormal: Tensor, M: Tensor, rows: Tensor, target: Tensor, source: T
     new = torch.lerp(abnormal.take(here), abnormal.take(there), opacity)
     abnormal.view(-1).index_copy_(0, here.flatten(), new.flatten())
 
-# %% ../../nbs/2_views/04_paste.ipynb #acd65acc
+# %% ../../nbs/2_views/04_paste.ipynb #49b99c53
 def apply_paste(
     images: Tensor,       # (B,1,S,S) float32 in [0,1], S = params.size
     params: PasteParams,  # of B·n variants
@@ -107,8 +111,8 @@ def apply_paste(
     "Paste a patch of each image into itself (AnatPaste, Sato et al. 2023; CutPaste, Li et al. 2021)."
     N, B, S = len(params.blur), len(images), params.size
     if images.ndim != 4 or images.shape[1:] != (1, S, S) or images.dtype != torch.float32 or N % max(B, 1) or (N and not B):
-        raise PasteError(f"images are {images.dtype} {tuple(images.shape)} for {N} patches: expected torch.float32 (B, 1, {S}, {S}) and a "
-                         "multiple of B patches; draw the parameters for these images")
+        raise PasteError(f"images are {images.dtype} {tuple(images.shape)} for {N} patches: expected torch.float32 "
+                         f"(B, 1, {S}, {S}) and a multiple of B patches; draw the parameters for these images")
     n = N // max(B, 1)
     abnormal = images.repeat_interleave(n, 0)
     M = torch.zeros_like(abnormal)
