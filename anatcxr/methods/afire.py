@@ -162,7 +162,7 @@ class AFiReBranch(nn.Module):
         "Cluster logits of every token."
         return self.head(self.backbone.tokens(images))
 
-# %% ../../nbs/4_methods/03_afire.ipynb #1fa14467
+# %% ../../nbs/4_methods/03_afire.ipynb #d6459f3e
 class AFiRe(nn.Module):
     "AFiRe's student, teacher, prototypes, views and losses (Eq. 6-21); arms `s`, `c`, `r`."
     requires = ("normal",)  # of the manifest: images labelled normal
@@ -189,10 +189,14 @@ class AFiRe(nn.Module):
         "What images (B,1,S,S) in [0,1] with ids (B,) become; see `afire_views`."
         return afire_views(images, ids, epoch, seed, self.cfg, self.stride, self.preprocess.normalise)
 
+    def assignments(self, logits: Tensor) -> Tensor:  # teacher's (B,L,K) -> (B,L,K)
+        "The teacher's distributions, balanced over the tokens unless Sinkhorn is off or elsewhere."
+        return sinkhorn(logits, self.cfg.sinkhorn_eps, self.cfg.sinkhorn_iters if self.cfg.sinkhorn_on == "tokens" else 0)
+
     def log_targets(self, logits: Tensor, epoch: int) -> Tensor:  # teacher's (B,L,K) -> (L,K), or (B,L,K) without prototypes
         "What tokens are compared with, in logarithms (AFiRe, Eq. 7); in training the prototypes take note."
         c = self.cfg
-        q = logits if c.sinkhorn_on == "prototypes" else sinkhorn(logits, c.sinkhorn_eps, 0 if c.sinkhorn_on == "off" else c.sinkhorn_iters)
+        q = logits if c.sinkhorn_on == "prototypes" else self.assignments(logits)
         prototypes = self.prototypes(q, replace=c.proto_init == "first_epoch" and epoch == 0)
         return self.log_prototypes(prototypes) if c.proto == "ema" else log_floored(q, c.proto_floor)
 

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['own_slot', 'slot_information', 'afire_sentinels']
 
-# %% ../../nbs/4_methods/04_shortcuts.ipynb #b61b2ef0
+# %% ../../nbs/4_methods/04_shortcuts.ipynb #9c9af1b3
 import torch
 from torch import Tensor
 from .contrast import key_side, query_side
-from ..models.prototypes import distinct_winners, prototype_cosine, sinkhorn, usage_perplexity
+from ..models.prototypes import distinct_winners, log_floored, prototype_cosine, usage_perplexity
 from ..models.teacher import slot_share
 
 # %% ../../nbs/4_methods/04_shortcuts.ipynb #cc8ad68f
@@ -29,7 +29,7 @@ def slot_information(q: Tensor) -> tuple[Tensor, Tensor]:  # (B,L,K) distributio
     slot = q.mean(0)                                              # (L,K)
     return H(slot.mean(0)) - H(slot).mean(), H(slot).mean() - H(q).mean()
 
-# %% ../../nbs/4_methods/04_shortcuts.ipynb #ccd78d0e
+# %% ../../nbs/4_methods/04_shortcuts.ipynb #b301b91e
 @torch.no_grad()
 def afire_sentinels(method, v) -> dict[str, Tensor]:  # an `AFiRe` in evaluation mode, its views
     "What the losses hide: position against image, usage of clusters, inert and saturated terms."
@@ -37,8 +37,8 @@ def afire_sentinels(method, v) -> dict[str, Tensor]:  # an `AFiRe` in evaluation
     out = dict(between_images=1 - slot_share(tokens))
     if method.teacher is None: return out
     logits, reading = method.teacher(v.clean), method.reading
-    q_t, log_q = sinkhorn(logits, method.cfg.sinkhorn_eps, method.cfg.sinkhorn_iters), method.student.log_probabilities(tokens)
-    log_c = method.log_prototypes() if method.prototypes.updates else method.log_targets(logits, 0).view(-1, *q_t.shape[1:])[0]
+    q_t, log_q = method.assignments(logits), method.student.log_probabilities(tokens)
+    log_c = method.log_prototypes() if method.prototypes.updates else log_floored(q_t.mean(0))
     grey = method.student.log_probabilities(method.student.backbone.tokens(torch.zeros_like(v.clean[:1])))
     slot, image = slot_information(log_q.exp())
     mean, most = prototype_cosine(log_c.exp())

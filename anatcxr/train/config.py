@@ -213,7 +213,7 @@ MICRO_AFIRE = dict(backbone="micro_vit", size=112, K=98, head_hidden=256, head_d
 SMALL_AFIRE = dict(backbone="vit_small_patch16_224", size=224, K=392, head_hidden=512, head_dim=128, dec_depth=4, dec_dim=256, dec_heads=8,
                    scale_lr=False, freeze_last=0)
 
-# %% ../../nbs/5_train/01_config.ipynb #14969f82
+# %% ../../nbs/5_train/01_config.ipynb #b6ca1c0a
 @dataclass(frozen=True)
 class QuickstartConfig(Config):
     "Settings of `recipes/quickstart`."
@@ -245,7 +245,7 @@ class ArmsConfig(Config):
     "Settings of `recipes/afire_arms`."
     data: str = "phantom:800"  # phantom:N or a manifest (CSV or Parquet)
     out: str = "."             # folder for the store, the runs and the results
-    arms: str = "table1"       # "table1", "position", or names of arms with commas between
+    arms: str = "table1"       # "table1", "position", or names of arms with semicolons between
     scale: Literal["smoke", "small"] = "smoke"  # smoke is a micro ViT at 112 px, small is a ViT-S/16 at 224 px
     seeds: int = 3             # pretraining runs of each arm
     steps: int = 250           # optimiser steps of each
