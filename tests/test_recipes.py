@@ -21,10 +21,11 @@ PARAMETERISED = [p for p in find_notebooks() if parameters_source(p) is not None
 
 # Parameters that make a recipe small enough for a test; `out` is the test's. Every recipe has an entry.
 SMOKE: dict[str, dict] = {
-    "quickstart": dict(data="phantom:100", steps=4, batch_size=8, patients=2, partners=1),
-    "benchmark": dict(size=112, batch=2, repeats=1, phantoms=2),
+    "quickstart": dict(data="phantom:100", steps=4, batch_size=8, patients=2, partners=1, afire_steps=3),
+    "afire_arms": dict(data="phantom:120", arms="1 all; 4 restoration alone; released", steps=2, batch_size=8, seeds=1),
+    "benchmark": dict(size=112, batch=2, repeats=1, phantoms=2, loss_B=8, loss_L=16, loss_K=16),
 }
-PICTURES = {"quickstart"}  # recipes whose page shows figures
+PICTURES = {"quickstart", "afire_arms", "benchmark"}  # recipes whose page shows figures
 
 
 def name(path: Path) -> str:

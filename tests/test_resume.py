@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from anatcxr.train.config import PretrainPEAC
+from anatcxr.train.config import PretrainAFiRe, PretrainPEAC
 from anatcxr.train.pretrain import main, pretrain
 from anatcxr.train.record import load_checkpoint, read_metrics, read_record, state_hash
 
@@ -20,11 +20,15 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 TIMES = {"images_per_s", "wait"}
 
 
-def command(out: Path, *launcher: str, **settings) -> list[str]:
-    flags = [f"--{k.replace('_', '-')}={v}" for k, v in {**SETTINGS, "out": out, **settings}.items()]
+AFIRE = dict(data="phantom:64", backbone="micro_vit", size=64, K=32, head_hidden=32, head_dim=16, dec_depth=1, dec_dim=32, dec_heads=4,
+             batch_size=8, lr=1e-3, freeze_last=1, steps=6, save_every=6, log_every=1, device="cpu")
+
+
+def command(out: Path, *launcher: str, method: str = "peac", **settings) -> list[str]:
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in {**(SETTINGS if method == "peac" else AFIRE), "out": out, **settings}.items()]
     # the lone -- keeps torchrun from taking --n for one of its own options
     dashes = ["--"] if launcher else []
-    return [sys.executable, *launcher, "-m", "anatcxr.train.pretrain", *dashes, "peac", "--no-progress", *flags]
+    return [sys.executable, *launcher, "-m", "anatcxr.train.pretrain", *dashes, method, "--no-progress", *flags]
 
 
 def run(*args, **kw):
@@ -94,12 +98,19 @@ def test_start_over_clears_what_the_old_run_left(whole, tmp_path):
     assert (out / "encoder_teacher.safetensors").read_bytes() != (whole / "encoder_teacher.safetensors").read_bytes()
 
 
-def test_two_processes_compute_what_one_does(tmp_path):
-    settings = dict(steps=6, save_every=6, drop_path=0.)  # drop-path draws per process
-    one = pretrain(PretrainPEAC.from_params(**{**SETTINGS, **settings, "out": str(tmp_path / "one"), "progress": False}))
-    run(tmp_path / "two", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", **settings)
+@pytest.mark.parametrize("method, recipe, settings", [
+    ("peac", PretrainPEAC, dict(SETTINGS, steps=6, save_every=6, drop_path=0.)),  # drop-path draws per process
+    ("afire", PretrainAFiRe, AFIRE),  # Sinkhorn, prototypes, denominators and the category loss over both processes
+    ("afire", PretrainAFiRe, dict(AFIRE, variant="released")),
+])
+def test_two_processes_compute_what_one_does(method, recipe, settings, tmp_path):
+    one = pretrain(recipe.from_params(**{**settings, "out": str(tmp_path / "one"), "progress": False}))
+    run(tmp_path / "two", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", method=method, **settings)
     two = lines(tmp_path / "two")
     assert len(two) == 6
     for a, b in zip(one.history.to_dict("records"), two):
         for key in [k for k in a if k.startswith("loss")] + ["grad_norm"]:
             assert a[key] == pytest.approx(b[key], rel=2e-3, abs=1e-5), (key, a["step"])
+    ends = [load_checkpoint(tmp_path / n / "checkpoint.pt")["method"] for n in ("one", "two")]
+    for name in [k for k in ends[0] if k == "prototypes.C"]:
+        assert (ends[0][name] - ends[1][name]).abs().max() < 2e-3

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['world', 'rank', 'sum_over_processes', 'max_over_processes', 'global_mean', 'gathered']
 
-# %% ../../nbs/3_models/03_collective.ipynb #708284ab
+# %% ../../nbs/3_models/03_collective.ipynb #647f9648
 import torch
 from torch import Tensor, distributed as dist
-from torch.distributed.nn.functional import all_gather
 
 # %% ../../nbs/3_models/03_collective.ipynb #de1abb16
 def world() -> int:
@@ -44,7 +43,20 @@ def global_mean(
     "This process's part of the mean over all processes; the parts average to it, as do their gradients under DDP."
     return total * world() / sum_over_processes(count.to(total.dtype)).clamp_min(1e-12)
 
-# %% ../../nbs/3_models/03_collective.ipynb #cb599736
+# %% ../../nbs/3_models/03_collective.ipynb #30d9fa9d
+class _Gather(torch.autograd.Function):
+    "All processes' tensors joined; gradients are summed over processes."
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(world())]
+        dist.all_gather(parts, x)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return sum_over_processes(grad.contiguous()).chunk(world())[rank()]
+
+
 def gathered(x: Tensor) -> Tensor:  # (b,...) -> (b*world,...), ranks in order
     "The tensors of all processes, joined along the first axis, with gradients."
-    return torch.cat(all_gather(x.contiguous())) if world() > 1 else x
+    return _Gather.apply(x.contiguous()) if world() > 1 else x
