@@ -96,7 +96,7 @@ def run_recipe(
 # %% ../nbs/9_cli.ipynb #f2b496d4
 @dataclass
 class Quickstart:
-    "PEAC from image file to figure in about five minutes on two CPU cores."
+    "PEAC and AFiRe from image file to figure in about six minutes on two CPU cores."
     data: str = "phantom:800"
     "phantom[:N], a manifest (CSV or Parquet) or a packed folder"
     out: Path = Path("runs/quickstart")
