@@ -227,7 +227,7 @@ class QuickstartConfig(Config):
     patients: int = 50         # of the test split, in the landmark test, for each source
     partners: int = 4          # patients each of them is matched with
     precision: Literal["fp32", "bf16"] = "fp32"    # or bf16, about twice as fast on processors that have it
-    afire_steps: int = 250     # optimiser steps of each AFiRe run
+    afire_steps: int = 200     # optimiser steps of each AFiRe run
     afire_lr: float = 1e-3     # highest learning rate of AFiRe
     label_column: str = "label"  # column of the manifest that names findings, and
     normal_label: str = "normal" # its value for the normal images that AFiRe is pretrained on
