@@ -31,7 +31,8 @@ def box_tokens(
         wide = (x[1:].clamp(max=x1) - x[:-1].clamp(min=x0)).clamp(min=0)
         tall = (y[1:].clamp(max=y1) - y[:-1].clamp(min=y0)).clamp(min=0)
         smaller = min((x1 - x0) * (y1 - y0), size / h * size / w)
-        out |= tall[:, None] * wide >= smaller / 2
+        overlap = tall[:, None] * wide
+        out |= (overlap > 0) & (overlap >= smaller / 2)
     return out.flatten()
 
 # %% ../../nbs/7_explain/05_localise.ipynb #e913972c

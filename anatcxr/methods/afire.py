@@ -83,8 +83,9 @@ class AFiReConfig:
 
     def resolved(self) -> "AFiReConfig":
         "The same settings with every `None` replaced by its value; `AFiReError` lists everything that is impossible."
-        if problems := problems_of(self, AFIRE_CHOICES, AFIRE_LIMITS): raise AFiReError("; ".join(problems))
-        return filled(self, AFIRE_VARIANTS[self.variant] | dict(tau_nce={"per_token": 1., "shared": .1}[self.head]))
+        full = filled(self, AFIRE_VARIANTS.get(self.variant, {}) | dict(tau_nce={"per_token": 1., "shared": .1}.get(self.head)))
+        if problems := problems_of(full, AFIRE_CHOICES, AFIRE_LIMITS): raise AFiReError("; ".join(problems))
+        return full
 
     def build(self) -> "AFiRe":
         "The method with new weights."
@@ -99,15 +100,10 @@ AFIRE_CHOICES = dict(
     cate_norm=("active", "LB"), mask_token=(None, "shared", "per_position"), reduction=("mean", "sum"), channels=(None, 1, 3))
 
 
-def _category_needs_f(c: AFiReConfig) -> bool:
-    w = AFIRE_VARIANTS[c.variant]["w_cate"] if c.w_cate is None else c.w_cate
-    return c.similarity != "ce_proto" or "c" not in c.arms or not w
-
-
 AFIRE_LIMITS = (
     ("arms", lambda c: c.arms and set(c.arms) <= set("scr"), "expected one or more of the letters s, c, r"),
     ("K", lambda c: c.K >= 2, "one cluster tells nothing apart, and every loss would be constant; take at least 2, better twice the tokens"),
-    ("similarity, arms", _category_needs_f, "the category loss needs an f; leave out the arm c or set w_cate=0"),
+    ("similarity, arms, w_cate", lambda c: c.similarity != "ce_proto" or "c" not in c.arms or not c.w_cate, "the category loss needs an f; leave out the arm c or set w_cate=0"),
     ("proto, sinkhorn_on", lambda c: c.proto == "ema" or c.sinkhorn_on != "prototypes", "without prototypes there are none to balance"),
     *((p, lambda c, p=p: 0 <= (getattr(c, p) or 0) <= 1, "must be in [0,1]") for p in ("m", "ema_base", "proto_floor")),
     *((w, lambda c, w=w: (getattr(c, w) or 0) >= 0, "must not be negative")
@@ -181,8 +177,10 @@ class AFiRe(nn.Module):
         self.decoder = MaskTokenDecoder(backbone.dim, backbone.grid, self.stride, cfg.channels, cfg.dec_dim, cfg.dec_depth,
                                         cfg.dec_heads, cfg.mask_token) if "r" in cfg.arms else None
         self.encoders = ("student", "teacher") if contrast else ("student",)  # what a run exports
-        # similarity and direction with which tokens and prototypes are compared, in losses and scores
+        # similarity and direction with which the losses compare tokens
         self.reading = ("neg_ce" if cfg.similarity == "ce_proto" else cfg.similarity, cfg.ce_direction)
+        # scores and sentinels ask which prototype is nearest, whatever sign the loss has
+        self.nearest = ("neg_ce" if self.reading[0] == "ce_literal" else self.reading[0], self.reading[1])
         self.register_buffer("first_stru", torch.tensor(torch.nan))
 
     def views(self, images: Tensor, ids: Tensor, epoch: int, seed: int = 0) -> AFiReViews:
@@ -272,7 +270,7 @@ class AFiRe(nn.Module):
         clean, out = self.preprocess.normalise(images.expand(-1, self.cfg.channels, -1, -1)), {}
         tokens = self.student.backbone.tokens(clean)
         if self.teacher is not None:
-            q, c = query_side(self.student.log_probabilities(tokens), *self.reading), key_side(self.log_prototypes(), *self.reading)
+            q, c = query_side(self.student.log_probabilities(tokens), *self.nearest), key_side(self.log_prototypes(), *self.nearest)
             out["prototype"] = -(q * c).sum(-1)
         if self.decoder is not None:
             none = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)

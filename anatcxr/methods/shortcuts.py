@@ -9,7 +9,7 @@ __all__ = ['own_slot', 'slot_information', 'afire_sentinels']
 import torch
 from torch import Tensor
 from .contrast import key_side, query_side
-from ..models.prototypes import distinct_winners, log_floored, prototype_cosine, usage_perplexity
+from ..models.prototypes import distinct_winners, prototype_cosine, usage_perplexity
 from ..models.teacher import slot_share
 
 # %% ../../nbs/4_methods/04_shortcuts.ipynb #cc8ad68f
@@ -36,9 +36,10 @@ def afire_sentinels(method, v) -> dict[str, Tensor]:  # an `AFiRe` in evaluation
     tokens = method.student.backbone.tokens(v.clean)
     out = dict(between_images=1 - slot_share(tokens))
     if method.teacher is None: return out
-    logits, reading = method.teacher(v.clean), method.reading
+    logits, reading = method.teacher(v.clean), method.nearest
     q_t, log_q = method.assignments(logits), method.student.log_probabilities(tokens)
-    log_c = method.log_prototypes() if method.prototypes.updates else log_floored(q_t.mean(0))
+    now = (logits if method.cfg.sinkhorn_on == "prototypes" else q_t).float().mean(0)
+    log_c = method.log_prototypes(None if method.prototypes.updates else now)
     grey = method.student.log_probabilities(method.student.backbone.tokens(torch.zeros_like(v.clean[:1])))
     slot, image = slot_information(log_q.exp())
     mean, most = prototype_cosine(log_c.exp())
