@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LoaderError', 'Loader']
 
-# %% ../../nbs/1_data/06_loader.ipynb #2c19c9a3
+# %% ../../nbs/1_data/06_loader.ipynb #aacfbeed
 import gc
 from collections.abc import Iterator
 import torch
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .rng import address, permutation
 
-# %% ../../nbs/1_data/06_loader.ipynb #698a34be
+# %% ../../nbs/1_data/06_loader.ipynb #f026f036
 class LoaderError(ValueError):
     "Batches that cannot be made as asked."
 
@@ -32,7 +32,7 @@ class _Steps(Sampler):
             first = step * self.batch_size + self.rank * b
             yield order[first:first + b].tolist()
 
-# %% ../../nbs/1_data/06_loader.ipynb #0b155123
+# %% ../../nbs/1_data/06_loader.ipynb #f2a7f145
 class _Batches(Dataset):
     "A data set whose item is a batch, or the error that came instead."
     def __init__(self, dataset): self.dataset = dataset
@@ -49,7 +49,7 @@ def _unchanged(batch): return batch
 
 def _freeze(worker: int): gc.freeze()  # else a worker may collect other loaders, which it inherited, and complain
 
-# %% ../../nbs/1_data/06_loader.ipynb #8a10579e
+# %% ../../nbs/1_data/06_loader.ipynb #547c546f
 class Loader:
     "Batches of a data set in an order that depends on (seed, epoch) alone; `LoaderError` for impossible settings."
     def __init__(

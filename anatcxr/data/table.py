@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ManifestError', 'shared_data', 'read_manifest']
 
-# %% ../../nbs/1_data/03_table.ipynb #dbb162ad
+# %% ../../nbs/1_data/03_table.ipynb #e3b07462
 import os
 from collections.abc import Iterator
 from difflib import get_close_matches
@@ -18,7 +18,7 @@ import torch
 import anatcxr
 from .rng import name_id, uniform
 
-# %% ../../nbs/1_data/03_table.ipynb #92faa8b2
+# %% ../../nbs/1_data/03_table.ipynb #6aa1b0ad
 class ManifestError(ValueError):
     "A table, store or selection that cannot be used; the message lists everything that is wrong with it."
 
@@ -30,7 +30,7 @@ def shared_data() -> Path | None:  # folder that holds manifest.csv; None where 
     if (folder / "manifest.csv").is_file(): return folder
     if named: raise ManifestError(f"ANATCXR_SHARED_DATA={named}: no manifest.csv there; correct it or unset it")
 
-# %% ../../nbs/1_data/03_table.ipynb #66242b83
+# %% ../../nbs/1_data/03_table.ipynb #32575a90
 _REQUIRED = {"id": "a unique name for each image", "file": "the image, relative to the manifest",
              "patient": "who is shown; patient_id is accepted; copy id if every image is its own patient",
              "split": "train, val or test"}
@@ -53,25 +53,30 @@ def _column_problems(table: pd.DataFrame) -> Iterator[str]:
             yield f"no column {c!r} ({holds}){hint}; found {_some(table)}"
         elif table[c].isna().any(): yield f"column {c!r} is empty in rows {_some(table.index[table[c].isna()])}"
 
-# %% ../../nbs/1_data/03_table.ipynb #5133afe5
+# %% ../../nbs/1_data/03_table.ipynb #52fb8a59
 def _file_columns(table: pd.DataFrame) -> list[str]:
     return [c for c in table if c == "file" or str(c).startswith("mask_")]
 
 
 def _value_problems(table: pd.DataFrame, root: Path | None) -> Iterator[str]:  # root None: files need not exist
-    "Ids that occur twice, unknown splits, patients in two splits, files that are not there."
+    "Ids that occur twice, unknown splits, files that are not there."
     if not len(table): yield "the table has no rows"
     if "id" in table and (twice := table.id[table.id.duplicated()].dropna().unique()).size:
         yield f"ids that occur more than once: {_some(twice)}; each image needs its own"
     if "split" in table and (odd := table.split[~table.split.isin(_SPLITS)].dropna().unique()).size:
         yield f"unknown split {_some(odd)}; expected {', '.join(_SPLITS)}"
-    if {"split", "patient"} <= {*table} and len(leak := (n := table.groupby("patient").split.nunique())[n > 1]):
-        yield f"patients in more than one split: {_some(leak.index)}; put all images of a patient into one"
     for c in _file_columns(table) if root else ():
         if absent := [f for f in table[c].dropna().unique() if not os.path.isfile(os.path.join(root, f))]:
             yield f"column {c!r} names files that are not there: {_some(absent)}; they are looked for in {root}"
 
-# %% ../../nbs/1_data/03_table.ipynb #405ce3cc
+# %% ../../nbs/1_data/03_table.ipynb #e2ac8d4d
+def _leak_problems(table: pd.DataFrame) -> Iterator[str]:
+    "Patients in two splits."
+    if {"split", "patient"} <= {*table} and len(leak := (n := table.groupby("patient").split.nunique())[n > 1]):
+        yield (f"patients in more than one split: {_some(leak.index)}; put all images of a patient into one, "
+               "or say allow_leaks=True to repeat what others did")
+
+# %% ../../nbs/1_data/03_table.ipynb #8ee5b56e
 def _is_phantom(source) -> bool: return str(source).split(":")[0] == "phantom"
 
 
@@ -90,7 +95,7 @@ def _phantom_table(source: str) -> pd.DataFrame:
         "sex": [sample_patient(k).sex for k in range(int(n))], "source": "phantom", "landmarks": "|".join(LANDMARKS),
         "licence": "Apache-2.0", "redistribution": "ok", "key": range(int(n))})
 
-# %% ../../nbs/1_data/03_table.ipynb #b4934dd0
+# %% ../../nbs/1_data/03_table.ipynb #e33be800
 def _locate(source: str | Path) -> Path:
     "The table's file; what it names is relative to its folder."
     path = Path(source)
@@ -111,15 +116,16 @@ def _read_table(path: Path) -> pd.DataFrame:
     for c in text.keys() & {*table}: table[c] = table[c].map(str, na_action="ignore")
     return table if "patient" in table else table.rename(columns={"patient_id": "patient"})
 
-# %% ../../nbs/1_data/03_table.ipynb #1c72f71e
+# %% ../../nbs/1_data/03_table.ipynb #fc2c40ee
 def read_manifest(
     source: str | Path,  # CSV or Parquet file, folder with one, packed store, "phantom" or "phantom:5000"
+    allow_leaks: bool = False,  # accept patients in more than one split
 ) -> pd.DataFrame:       # id, file, patient, split, label, ...; files with their folder, except in a store
     "Read and check the table of a data set; `ManifestError` lists all that is wrong."
     if _is_phantom(source): return _phantom_table(str(source)).copy()
     path = _locate(source)
     table, root = _read_table(path), None if _is_store(source) else path.parent
-    if problems := [*_column_problems(table), *_value_problems(table, root)]:
+    if problems := [*_column_problems(table), *_value_problems(table, root), *(() if allow_leaks else _leak_problems(table))]:
         raise ManifestError(f"{path}: " + "".join(f"\n- {p}" for p in problems))
     for c in _OPTIONAL:
         if c not in table: table[c] = None
@@ -127,7 +133,7 @@ def read_manifest(
         table[c] = [os.path.join(root, f) if isinstance(f, str) else None for f in table[c]]
     return table.assign(age=pd.to_numeric(table.age, errors="coerce"))
 
-# %% ../../nbs/1_data/03_table.ipynb #a5798034
+# %% ../../nbs/1_data/03_table.ipynb #7623c057
 def _select(table: pd.DataFrame, rows) -> np.ndarray:  # row numbers
     "Row numbers of a pandas query, a boolean array or an index array."
     if rows is None: return np.arange(len(table))
@@ -144,7 +150,7 @@ def _select(table: pd.DataFrame, rows) -> np.ndarray:  # row numbers
         raise ManifestError(f"rows: expected different numbers from 0 to {len(table) - 1}, found {_some(rows)}")
     return rows.astype(np.int64)
 
-# %% ../../nbs/1_data/03_table.ipynb #71d1fb1e
+# %% ../../nbs/1_data/03_table.ipynb #352932fe
 def _read_landmarks(source, table: pd.DataFrame) -> tuple[np.ndarray, list[str]]:  # (N,P,2) float32, P names
     "All landmarks of the table's images, in pixels of their files; nan where absent."
     path = _locate(source).parent / "landmarks.npz"
@@ -162,7 +168,7 @@ def _read_landmarks(source, table: pd.DataFrame) -> tuple[np.ndarray, list[str]]
         for g, p in f.items(): row[first[g]:first[g] + len(p)] = p
     return points, [f"{g}{k}" for g, n in length.items() for k in range(n)]
 
-# %% ../../nbs/1_data/03_table.ipynb #7f971816
+# %% ../../nbs/1_data/03_table.ipynb #91c53502
 _NO_BOXES = [], np.zeros((0, 4), np.float32)
 
 

@@ -104,7 +104,7 @@ def _unknown(name: str, names: list[str]) -> str:
     advice = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(names))}"
     return f"{name}: no such setting; {advice}"
 
-# %% ../../nbs/5_train/01_config.ipynb #6b3d876e
+# %% ../../nbs/5_train/01_config.ipynb #8d89b857
 @dataclass(frozen=True)
 class LoopConfig(Config):
     "Settings of the training loop, the same for every method."
@@ -114,6 +114,7 @@ class LoopConfig(Config):
     normal_label: str = "normal"   # its value without one, for methods that pretrain on normal images
     rows: str | None = None        # query that selects rows of the manifest, e.g. "split == 'train'"
     limit: int | None = None       # use only the first rows (after the query)
+    allow_leaks: bool = False      # accept patients or images in more than one split; the record says so
     seed: int = 0                  # of weights, order and views
     scale: Literal["smoke", "small", "full"] = "smoke"  # printed wherever a number of this run is
     steps: int | None = 300        # optimiser steps, or
@@ -173,7 +174,7 @@ class LoopConfig(Config):
 
     def fixed(self) -> dict:
         "The settings that the numbers of a run depend on; data sets are compared by their fingerprint."
-        free = {"data", "label_column", "normal_label", "rows", "limit", "out", "device", "workers", "resume", "save_every", "log_every", "progress"}
+        free = {"data", "allow_leaks", "label_column", "normal_label", "rows", "limit", "out", "device", "workers", "resume", "save_every", "log_every", "progress"}
         return {k: v for k, v in (asdict(self) | self.method_settings()).items() if k not in free}
 
 # %% ../../nbs/5_train/01_config.ipynb #5e3c4d9a
@@ -213,7 +214,7 @@ MICRO_AFIRE = dict(backbone="micro_vit", size=112, K=98, head_hidden=256, head_d
 SMALL_AFIRE = dict(backbone="vit_small_patch16_224", size=224, K=392, head_hidden=512, head_dim=128, dec_depth=4, dec_dim=256, dec_heads=8,
                    scale_lr=False, freeze_last=0)
 
-# %% ../../nbs/5_train/01_config.ipynb #3745b5cd
+# %% ../../nbs/5_train/01_config.ipynb #b0064ccf
 @dataclass(frozen=True)
 class QuickstartConfig(Config):
     "Settings of `recipes/quickstart`."
@@ -231,6 +232,7 @@ class QuickstartConfig(Config):
     afire_lr: float = 1e-3     # highest learning rate of AFiRe
     label_column: str = "label"  # column of the manifest that names findings, and
     normal_label: str = "normal" # its value for the normal images that AFiRe is pretrained on
+    allow_leaks: bool = False  # accept patients or images in more than one split; the records say so
 
     RULES = (
         *((name, lambda c, n=name: getattr(c, n) > 0, "must be above 0")
@@ -255,6 +257,7 @@ class ArmsConfig(Config):
     precision: Literal["fp32", "bf16"] = "fp32"  # or bf16, for a GPU
     label_column: str = "label"  # column of the manifest that names findings, and
     normal_label: str = "normal" # its value for the normal images that AFiRe is pretrained on
+    allow_leaks: bool = False  # accept patients or images in more than one split; the records say so
 
     RULES = tuple((name, lambda c, n=name: getattr(c, n) > 0, "must be above 0") for name in ("seeds", "steps", "batch_size", "lr"))
 

@@ -6,7 +6,7 @@
 __all__ = ['addressed_torch', 'Job', 'forward_backward', 'NonFiniteLoss', 'checked', 'same_run', 'batches', 'Run', 'pretrain',
            'main']
 
-# %% ../../nbs/5_train/02_pretrain.ipynb #78772b2c
+# %% ../../nbs/5_train/02_pretrain.ipynb #439cdb9a
 import contextlib
 import math
 import sys
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..data.loader import Loader
-from ..data.manifest import ChestXrays, read_manifest
+from ..data.manifest import ChestXrays, read_manifest, unit
 from ..data.rng import address
 from .config import PRETRAIN, ConfigError, LoopConfig
 from .optimise import build_optimizer, clip_gradients, schedules
@@ -117,7 +117,7 @@ def batches(loader: Loader, step: int, total: int) -> Iterator[tuple[int, int, T
             yield step, epoch, images, ids
             step += 1
 
-# %% ../../nbs/5_train/02_pretrain.ipynb #36abd2fa
+# %% ../../nbs/5_train/02_pretrain.ipynb #13ea3fd3
 def _accelerator(cfg: LoopConfig) -> Accelerator:
     "Device, precision and processes, whatever an earlier run in this Python used."
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -138,7 +138,7 @@ def _accelerator(cfg: LoopConfig) -> Accelerator:
 def _images(cfg: LoopConfig, method) -> ChestXrays:
     "The data set that the settings name, as the method wants it."
     p = method.preprocess
-    data = ChestXrays(cfg.data, p.size, p.rule, cfg.rows)
+    data = ChestXrays(cfg.data, p.size, p.rule, cfg.rows, raw=True, allow_leaks=cfg.allow_leaks)
     table, columns = data.table, [c for c in method.requires if c != "normal"]
     if absent := [c for c in columns if c not in table or table[c].isna().all()]:
         raise ConfigError(type(cfg).__name__, [
@@ -146,7 +146,8 @@ def _images(cfg: LoopConfig, method) -> ChestXrays:
     if "normal" in method.requires: table = _normal(cfg, table)
     table = table[:cfg.limit]
     if len(table) == len(data): return data
-    return ChestXrays(cfg.data, p.size, p.rule, read_manifest(cfg.data)["id"].isin(table["id"]).to_numpy())
+    chosen = read_manifest(cfg.data, cfg.allow_leaks)["id"].isin(table["id"]).to_numpy()
+    return ChestXrays(cfg.data, p.size, p.rule, chosen, raw=True, allow_leaks=cfg.allow_leaks)
 
 
 def _normal(cfg: LoopConfig, table: pd.DataFrame) -> pd.DataFrame:
@@ -205,14 +206,14 @@ def _tidy(folder: Path, done: int):
     old = ("checkpoint.pt", "encoder_*.safetensors", "nonfinite-*.pt") if not done else ()
     for path in [p for name in old for p in folder.glob(name)]: path.unlink()
 
-# %% ../../nbs/5_train/02_pretrain.ipynb #446a8673
+# %% ../../nbs/5_train/02_pretrain.ipynb #df7d444a
 def _loop(job: Job, loader: Loader, done: int, seconds: float, on_step) -> float:
     "Steps `done` to the end; returns the seconds that the run has taken."
     start, meter, cfg, main = time.perf_counter() - seconds, Meter(), job.cfg, job.acc.is_main_process
     with tqdm(initial=done, total=job.total, unit="step", mininterval=1, disable=not (cfg.progress and main)) as bar:
         for step, epoch, *batch in meter.waiting(batches(loader, done, job.total)):
-            batch = [x.to(job.acc.device, non_blocking=True) for x in batch]
-            row, views = _step(job, step, epoch, batch)
+            images, ids = [x.to(job.acc.device, non_blocking=True) for x in batch]
+            row, views = _step(job, step, epoch, (unit(images), ids))
             done, last, meter.images = step + 1, step + 1 == job.total, meter.images + cfg.batch_size
             if done % cfg.log_every == 0 or last:
                 row |= meter.read()
