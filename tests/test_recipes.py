@@ -23,7 +23,7 @@ PARAMETERISED = [p for p in find_notebooks() if parameters_source(p) is not None
 SMOKE: dict[str, dict] = {
     "quickstart": dict(data="phantom:100", steps=4, batch_size=8, patients=2, partners=1, afire_steps=3),
     "afire_arms": dict(data="phantom:120", arms="1 all; 4 restoration alone; released", steps=2, batch_size=8, seeds=1),
-    "benchmark": dict(size=112, batch=2, repeats=1, phantoms=2, loss_B=8, loss_L=16, loss_K=16),
+    "benchmark": dict(size=112, batch=2, repeats=1, phantoms=2, loss_B=8, loss_L=16, loss_K=16, films=2, stored=64),
 }
 PICTURES = {"quickstart", "afire_arms", "benchmark"}  # recipes whose page shows figures
 

@@ -23,34 +23,36 @@ from .images import ImageError
 from .manifest import ChestXrays, _Files, _sha256, _Store
 from .table import ManifestError, _file_columns, _locate, _some, shared_data
 
-# %% ../../nbs/1_data/03_packing.ipynb #4c71196f
+# %% ../../nbs/1_data/03_packing.ipynb #f3921df5
 def _mask_bytes(data: ChestXrays, i: int, names: list[str]) -> bytes:
     "For each name a byte that says whether there is such a mask, then a bit for each of its pixels."
     have, empty = (data.masks(i) if names else {}), np.zeros(data.size ** 2, bool)
     return b"".join(bytes([n in have]) + np.packbits(have[n].numpy() if n in have else empty).tobytes() for n in names)
 
 
-def _source_sum(table: pd.DataFrame, i: int) -> str:
-    "The sha256 of a row's file; `ImageError` if the table has noted another."
-    if not (path := Path(table.file[i])).is_file(): raise ImageError(path, "there is no such file", "Check the folder")
-    found, noted = _sha256(path.read_bytes()), table.sha256[i] if "sha256" in table else None
+def _source_sum(path: Path, noted) -> str:
+    "The sha256 of a file; `ImageError` if the table has noted another."
+    if not path.is_file(): raise ImageError(path, "there is no such file", "Check the folder")
+    found = _sha256(path.read_bytes())
     if isinstance(noted, str) and noted != found: raise ImageError(path, "the file is not the one that the table has noted by its sha256", "Copy it again")
     return found
 
 
 class _ToPack(Dataset):
     "Row number -> bytes for each file of the store, boxes, sha256 of the source file, None; or, at the end, why not."
-    def __init__(self, data: ChestXrays, masks: list[str]): self.data, self.masks = data, masks
+    def __init__(self, data: ChestXrays, masks: list[str]):
+        self.data, self.masks, self.ids = data, masks, data.table.id.tolist()
+        self.noted = data.table.sha256.tolist() if "sha256" in data.table else [None] * len(data)
 
     def __getitem__(self, i: int):
         data, source = self.data, ""
         try:
-            if isinstance(data._door, _Files): source = _source_sum(data.table, i)
+            if isinstance(data._door, _Files): source = _source_sum(Path(data._door.files[i]), self.noted[i])
             x, p, (labels, b), m = data[i]["image"], data._door.points(i), data.boxes(i), _mask_bytes(data, i, self.masks)
         except ImageError as e: return None, None, None, (e.reason, e.remedy)
         except ManifestError as e: return None, None, None, (str(e), "Correct the table, or leave this image out")
         row = {"images": (x * 255).round().to(torch.uint8).numpy().tobytes(), "landmarks": p.numpy().tobytes(), "masks": m}
-        boxes = [(data.table.id[i], label, x0, y0, x1 - x0, y1 - y0) for label, (x0, y0, x1, y1) in zip(labels, b.tolist())]
+        boxes = [(self.ids[i], label, x0, y0, x1 - x0, y1 - y0) for label, (x0, y0, x1, y1) in zip(labels, b.tolist())]
         return row, boxes, source, None
 
 # %% ../../nbs/1_data/03_packing.ipynb #04eac71d

@@ -6,7 +6,7 @@
 __all__ = ['SOURCES', 'FOLDER', 'KERMANY', 'DataCard', 'card_text', 'SourceError', 'find_files', 'image_files', 'read_csv',
            'Found', 'Source', 'register', 'make_manifest', 'find_folder', 'find_kermany']
 
-# %% ../../nbs/1_data/04_sources.ipynb #bb619092
+# %% ../../nbs/1_data/04_sources.ipynb #382e7de3
 import inspect
 import json
 import os
@@ -14,7 +14,8 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from glob import glob
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
@@ -48,9 +49,14 @@ def card_text(card: DataCard, facts: dict[str, str]) -> str:  # Markdown
     if card.problems: lines += ["", "## Known problems", "", *(f"- {p}" for p in card.problems)]
     return "\n".join(lines) + "\n"
 
-# %% ../../nbs/1_data/04_sources.ipynb #3acd7fa8
+# %% ../../nbs/1_data/04_sources.ipynb #3e303a86
 class SourceError(ManifestError):
     "A download that lacks something or is not what its publisher describes; the message lists all of it."
+
+
+def _glob(src: Path, pattern: str) -> list[Path]:
+    "What matches, sorted; unlike pathlib's, `**` also goes through links to folders."
+    return [src / hit for hit in sorted(glob(pattern, root_dir=src, recursive=True))]
 
 
 def find_files(
@@ -62,15 +68,25 @@ def find_files(
     "The pieces of a download; `SourceError` names those that are missing, with the instructions of the card."
     src = Path(src)
     if not src.is_dir(): raise SourceError(f"{src}: there is no such folder. {card.title}: {card.download} ({card.home})")
-    found = {name: hit for name, pattern in wanted.items() if (hit := next(iter(sorted(src.glob(pattern))), None))}
+    found = {name: hits[0] for name, pattern in wanted.items() if (hits := _glob(src, pattern))}
     if lacks := [f"{n} ({wanted[n]})" for n in wanted if n not in found and n not in optional]:
         raise SourceError(f"{src}: not the whole of {card.title}, without:" + "".join(f"\n- {x}" for x in lacks) + f"\n- what to do: {card.download} ({card.home})")
     return found
 
 
+def _image_paths(folder: str | Path) -> list[Path]:
+    "Every image file below a folder, sorted; links to folders are followed, each folder is visited once."
+    seen, res = set(), []
+    for top, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(top)) in seen: folders.clear(); continue
+        seen.add(real)
+        res += [Path(top, f) for f in files if Path(f).suffix.lower() in _SUFFIXES and not f.startswith(".")]
+    return sorted(res)
+
+
 def image_files(folder: str | Path) -> dict[str, Path]:  # file name -> path, in sorted order
     "Every image file below a folder, by name; `SourceError` if two have the same name."
-    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in _SUFFIXES and not p.name.startswith("."))
+    paths = _image_paths(folder)
     res = {p.name: p for p in paths}
     if len(res) < len(paths): raise SourceError(f"{folder}: image names that occur more than once: {_some(sorted({p.name for p in paths if res[p.name] != p}))}")
     return res
@@ -163,7 +179,7 @@ def _write_manifest(card: DataCard, found: Found, dst: Path, chosen: dict[str, s
     _write_text(dst / "manifest.csv", table.to_csv(index=False))
     return dst / "manifest.csv"
 
-# %% ../../nbs/1_data/04_sources.ipynb #79c692ad
+# %% ../../nbs/1_data/04_sources.ipynb #f5154529
 FOLDER = DataCard(
     name="folder", title="Folders by class", home="your own files", licence="unknown", redistribution="unknown", citation="none",
     download="put the images into SRC/CLASS/ or SRC/{train,val,test}/CLASS/", splits=("official", "random"),
@@ -181,7 +197,7 @@ def find_folder(
     "Images in class-named folders; splits from folders train, val, test if there are any (official), else by chance."
     find_files(src, {}, FOLDER)
     rows = []
-    for p in sorted(q for q in src.rglob("*") if q.suffix.lower() in _SUFFIXES and not q.name.startswith(".")):
+    for p in _image_paths(src):
         *parts, label, name = p.relative_to(src).parts if len(p.relative_to(src).parts) > 1 else ("", p.name)
         who = re.search(patient, name) if patient else None
         if patient and not (who and who.groups()): raise SourceError(f"{p}: patient={patient!r} finds no group in this name")
