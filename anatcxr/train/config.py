@@ -214,7 +214,7 @@ MICRO_AFIRE = dict(backbone="micro_vit", size=112, K=98, head_hidden=256, head_d
 SMALL_AFIRE = dict(backbone="vit_small_patch16_224", size=224, K=392, head_hidden=512, head_dim=128, dec_depth=4, dec_dim=256, dec_heads=8,
                    scale_lr=False, freeze_last=0)
 
-# %% ../../nbs/5_train/01_config.ipynb #b0064ccf
+# %% ../../nbs/5_train/01_config.ipynb #3a7aab1d
 @dataclass(frozen=True)
 class QuickstartConfig(Config):
     "Settings of `recipes/quickstart`."
@@ -272,10 +272,12 @@ class BenchmarkConfig(Config):
     loss_B: int = 64     # images of the contrastive losses
     loss_L: int = 196    # tokens of an image
     loss_K: int = 256    # clusters
+    films: int = 60      # radiographs that are packed into a store, of each format
+    stored: int = 20000  # images of the store that is read, 50 KB each
     out: str = ""        # folder for benchmark.json; "" writes nothing
 
     RULES = (
         ("size", lambda c: c.size > 0 and c.size % 14 == 0, "a crop has 14 patches to a side: take a multiple of 14"),
-        *((name, lambda c, n=name: getattr(c, n) > 0, "must be above 0") for name in ("batch", "repeats", "phantoms")),
+        *((name, lambda c, n=name: getattr(c, n) > 0, "must be above 0") for name in ("batch", "repeats", "phantoms", "films", "stored")),
         *((name, lambda c, n=name: getattr(c, n) >= 8, "must be at least 8") for name in ("loss_B", "loss_L", "loss_K")),
     )
