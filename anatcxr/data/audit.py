@@ -22,7 +22,7 @@ from .packing import verify_store
 from .shortcut_probes import label_faults, probe_shortcuts
 from .table import _SPLITS, ManifestError, _is_phantom, _is_store, _some, read_manifest
 
-# %% ../../nbs/1_data/05_audit.ipynb #a2041021
+# %% ../../nbs/1_data/05_audit.ipynb #cf3c0344
 class AuditError(ValueError):
     "A check that does not exist, or nothing to check."
 
@@ -41,7 +41,7 @@ class Finding:
     remedy: str                  # what to do
 
     def __str__(self) -> str:
-        return f"{self.severity}: {self.check}: {self.found}\n    means: {self.means}\n    do: {self.remedy}"
+        return f"{self.severity}: {self.check}: {', '.join(self.manifests)}: {self.found}\n    means: {self.means}\n    do: {self.remedy}"
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class AuditReport:
     def verdict(self, manifest: str) -> str:
         "One line about one manifest."
         own = [f.severity for f in self.findings if manifest in f.manifests]
-        count = [_count(n, s) if s != "damage" else f"damage {n} times" for s in _SEVERITIES if (n := own.count(s))]
+        count = [f"{n} damage" if s == "damage" else _count(n, s) for s in _SEVERITIES if (n := own.count(s))]
         fails = "FAILS" if {*own} & {*_FAILS} else "passes"
         return f"{manifest}: {self.manifests[manifest]}: {fails} ({', '.join(count) or 'nothing found'})"
 
@@ -168,7 +168,7 @@ def check_fractions(rows: pd.DataFrame) -> Iterator[Finding]:
         if sizes: yield _finding("fractions", "note", t, "; ".join(sizes),
                                  "where patients are cut, a fraction holds more people than its size says", "nothing, if they are whole")
 
-# %% ../../nbs/1_data/05_audit.ipynb #8d7009a2
+# %% ../../nbs/1_data/05_audit.ipynb #e24cfa54
 _COPIES = {"leak": (_TESTED, "look at them; leave copies out of all splits but one, or join the patients"),
            "warning": ("they weigh more than others; under two names, one person is taken for two", "look at them; list each film once"),
            "note": ("two films of one person, taken shortly one after the other", "nothing, if they are two films")}
@@ -201,7 +201,7 @@ def check_changed(rows: pd.DataFrame, looks: Looks, progress: bool = False) -> I
     "Images of a store, or files with a column sha256, that are not what they were."
     for (name, store), t in rows[rows.store != ""].groupby(["manifest", "store"], sort=False):
         try: verify_store(store)
-        except ManifestError as e: yield _finding("changed", "damage", t, str(e).replace(store, name),
+        except ManifestError as e: yield _finding("changed", "damage", t, str(e).removeprefix(f"{store}: ").replace(store, name),
                                                   "the pixels are not those that were packed", "pack again")
     noted = rows.reindex(columns=["sha256"]).sha256
     bad = rows[(rows.path != "") & noted.notna() & looks.readable & (noted != looks.facts.file_sum)]
