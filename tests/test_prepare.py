@@ -96,3 +96,14 @@ def test_shards_at_the_same_time_give_the_same_bytes(films, tmp_path):
 def test_what_cannot_be_prepared_is_one_line(args, part, films, tmp_path):
     with pytest.raises(SystemExit) as e: command_line(["prepare", *args, "--src", str(films), "--dst", str(tmp_path / "x")])
     assert part in str(e.value) and "\n" not in str(e.value)
+
+
+def test_audit_fails_on_a_leak_and_passes_without(films, tmp_path, capsys):
+    rows = [f"{p.stem},{p},{p.stem.split('-')[0]},{('train', 'test')[int(p.stem.split('-')[1]) // 3 % 2]},{p.parent.name}"
+            for p in sorted(films.rglob("*.png")) if p.stat().st_size > 100][:60]
+    (tmp_path / "sound.csv").write_text("\n".join(["id,file,patient,split,label", *rows]))
+    (tmp_path / "leaking.csv").write_text("\n".join(["id,file,patient,split,label", *rows, rows[0].replace("train", "test").replace("person", "again", 1)]))
+    command_line(["audit", str(tmp_path / "sound.csv"), "--out", str(tmp_path / "findings.csv")])
+    assert "sound.csv: 60 images" in capsys.readouterr().out and (tmp_path / "findings.csv").is_file()
+    with pytest.raises(SystemExit) as e: command_line(["audit", str(tmp_path / "leaking.csv")])
+    assert e.value.code == 1 and "leak: " in capsys.readouterr().out
