@@ -6,7 +6,7 @@
 __all__ = ['DOWNLOADS', 'RecipeError', 'recipes', 'recipe_parameters', 'parse_parameters', 'html_report', 'run_recipe',
            'Quickstart', 'RunRecipe', 'Prepare', 'Doctor', 'Audit', 'command_line']
 
-# %% ../nbs/9_cli.ipynb #90cf02ea
+# %% ../nbs/9_cli.ipynb #28e58667
 import difflib
 import importlib
 import re
@@ -23,6 +23,7 @@ from .data.doctor import examine, write_examination
 from .data.prepare import prepare
 from .data.sources import SOURCES, make_manifest
 from .data.table import read_manifest
+from .train.config import _fit, _fits
 
 # %% ../nbs/9_cli.ipynb #25e05848
 class RecipeError(ValueError):
@@ -35,7 +36,7 @@ def recipes() -> dict[str, Path]:
     roots = [root / kind for root in (package, package.parent / "nbs") for kind in ("recipes", "results")]
     return {p.stem: p for root in roots for p in sorted(root.glob("*.ipynb"))}
 
-# %% ../nbs/9_cli.ipynb #c8694a2a
+# %% ../nbs/9_cli.ipynb #48ce6968
 def recipe_parameters(recipe: str) -> dict[str, dict]:
     "The recipe's parameters as papermill reads them: name -> type, default, help; `RecipeError` for an unknown recipe."
     if recipe not in recipes():
@@ -48,10 +49,11 @@ def _parse(what: str, known: dict, pairs: list[str]) -> dict:
     values = {}
     for pair in pairs:
         name, eq, value = pair.partition("=")
-        if not eq or name not in known:
+        if not eq: raise RecipeError(f"{pair}: expected name=value.")
+        if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else f" It has {sorted(known)}."
-            raise RecipeError(f"{what} has no parameter {name!r} (expected name=value).{hint}")
+            raise RecipeError(f"{what} has no parameter {name!r}.{hint}")
         try: values[name] = yaml.safe_load(value)
         except yaml.YAMLError as e: raise RecipeError(f"{pair}: the value is not YAML; put quotes around text.") from e
     return values
@@ -134,7 +136,16 @@ class RunRecipe:
     def __call__(self) -> str:
         return f"report: {run_recipe(self.recipe, self.out, parse_parameters(self.recipe, self.set))}"
 
-# %% ../nbs/9_cli.ipynb #d0fa427b
+# %% ../nbs/9_cli.ipynb #18fe5eb8
+def _typed(what: str, known: dict, pairs: list[str]) -> dict:
+    "`name=value` pairs as a dictionary of values with the types of the known ones; `RecipeError` for others."
+    values = {n: _fit(v, type(known[n])) for n, v in _parse(what, known, pairs).items() if n in known}
+    for n, v in values.items():
+        if not (_fits(v, type(known[n])) or (isinstance(known[n], str) and isinstance(v, dict))):  # a policy may be a dictionary
+            raise RecipeError(f"{what}: {n}={v!r}: expected {type(known[n]).__name__}, as its default {known[n]!r}")
+    return values
+
+# %% ../nbs/9_cli.ipynb #ebf8a28b
 @dataclass
 class Prepare:
     "A public data set from its download to manifest, card and packed store; interrupted, the same command goes on."
@@ -156,6 +167,10 @@ class Prepare:
     "processes that decode"
     partial: bool = False
     "accept a part of the data set"
+    fractions: tuple[int, ...] = ()
+    "per cents of the training patients to mark, each within the next, e.g. 1 10 25 50"
+    folds: int = 0
+    "mark so many folds of the patients"
     allow_leaks: bool = False
     "accept a split in which patients leak"
     dry_run: bool = False
@@ -166,19 +181,19 @@ class Prepare:
     def __call__(self) -> str:
         if not (part := re.fullmatch(r"(\d+)/(\d+)", self.shard)): raise RecipeError(f"shard={self.shard!r}: expected i/n, for example 3/8")
         dst = self.dst or Path("runs/data") / self.name
-        options = _parse(self.name, SOURCES[self.name].options(), self.set) if self.name in SOURCES else {}
+        options = _typed(self.name, SOURCES[self.name].options(), self.set) if self.name in SOURCES else {}
         store = prepare(self.name, self.src or dst / "download", dst, self.size, self.rule, self.split, self.workers, (int(part[1]), int(part[2])),
-                        self.partial, self.allow_leaks, self.dry_run, **options)
+                        self.partial, self.fractions, self.folds, self.allow_leaks, self.dry_run, **options)
         return f"store: {store}" if store else "a dry run: nothing was packed" if self.dry_run else "this part is done, others are missing"
 
-# %% ../nbs/9_cli.ipynb #81ec784f
+# %% ../nbs/9_cli.ipynb #2799b0ef
 @dataclass
 class Doctor:
     "Examine a folder of radiographs: which would be left out, which look wrong, and why. Nothing is changed."
     path: Annotated[Path, tyro.conf.Positional]
     "folder, or one file"
-    out: Path | None = None
-    "folder for report.txt, files.csv, quarantine.csv and contact-sheet.png; without one the report is only printed"
+    out: Path = Path("runs/doctor")
+    "folder for report.txt, files.csv, quarantine.csv and contact-sheet.png"
     limit: int | None = None
     "examine this many files, evenly spread"
     workers: int = 2
@@ -186,7 +201,7 @@ class Doctor:
 
     def __call__(self) -> str:
         examination = examine(self.path, self.workers, self.limit)
-        return examination.summary() + (f"\nreport: {write_examination(examination, self.out)}" if self.out else "")
+        return f"{examination.summary()}\nreport and contact sheet: {write_examination(examination, self.out).parent}"
 
 
 @dataclass
@@ -195,13 +210,14 @@ class Audit:
     sources: Annotated[list[str], tyro.conf.Positional]
     "manifests, packed stores or phantom:N; several are compared with each other"
     out: Path | None = None
-    "a CSV file for the findings"
+    "a CSV file for the findings, with all images that each concerns"
 
     def __call__(self) -> str:
         report = audit(self.sources)
+        print(report.text())
         if self.out: report.to_frame().to_csv(self.out, index=False)
-        if not report.ok: print(report.text()); raise SystemExit(1)
-        return report.text()
+        if not report.ok: raise SystemExit(1)
+        return "no leak"
 
 # %% ../nbs/9_cli.ipynb #7f2ceeab
 DOWNLOADS = ("pneumoniamnist", "chestmnist")  # data sets whose publisher allows it
@@ -212,12 +228,13 @@ def _download(name: str, dst: Path) -> Path:  # manifest.csv
     (dst / "download").mkdir(parents=True, exist_ok=True)
     return make_manifest(name, dst / "download", dst)
 
-# %% ../nbs/9_cli.ipynb #84e004d3
+# %% ../nbs/9_cli.ipynb #1b97d601
 def command_line(args: list[str] | None = None):
     "The `anatcxr` command."
     commands = {"quickstart": Quickstart, "run": RunRecipe, "prepare": Prepare, "audit": Audit, "doctor": Doctor}
     command = tyro.extras.subcommand_cli_from_dict(commands, args=args, prog="anatcxr", description=anatcxr.__doc__)
     try: print(command())
+    except OSError as e: raise SystemExit(f"anatcxr: {e}") from e
     except ValueError as e:
         if not type(e).__module__.startswith((__name__, "anatcxr.")): raise  # not a user's error: its traceback is wanted
         first, *rest = [line.strip(" -") for line in str(e).splitlines()]  # a list of problems becomes one line, too

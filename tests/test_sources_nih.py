@@ -202,7 +202,7 @@ def test_rsna_says_what_was_drawn(rsna, tmp_path):
     drawn = drawn[drawn.part == "train"]
     both = drawn.merge(table, left_on="key", right_on="id", suffixes=("_d", ""), validate="1:1")
     assert len(both) == len(drawn) == len(table)
-    assert (both.patient == "rsna:" + both.patient_d).all() and (both.nih_id == both.nih_id_d).all()
+    assert (both.patient == "nih:" + both.patient_d).all() and (both.nih_id == both.nih_id_d).all()
     assert both.label.tolist() == [RSNA.labels[k].lower() for k in both.kind]
     assert (both[[label_column(n) for n in RSNA.labels]].to_numpy() == np.eye(3)[both.kind]).all()
     old = both.age_d > 100

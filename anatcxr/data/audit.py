@@ -22,7 +22,7 @@ from .packing import verify_store
 from .shortcut_probes import label_faults, probe_shortcuts
 from .table import _SPLITS, ManifestError, _is_phantom, _is_store, _some, read_manifest
 
-# %% ../../nbs/1_data/05_audit.ipynb #cf3c0344
+# %% ../../nbs/1_data/05_audit.ipynb #87e19916
 class AuditError(ValueError):
     "A check that does not exist, or nothing to check."
 
@@ -39,6 +39,7 @@ class Finding:
     found: str                   # what, how many, the first few
     means: str                   # what follows from it
     remedy: str                  # what to do
+    ids: tuple[str, ...] = ()    # of all images concerned
 
     def __str__(self) -> str:
         return f"{self.severity}: {self.check}: {', '.join(self.manifests)}: {self.found}\n    means: {self.means}\n    do: {self.remedy}"
@@ -68,14 +69,15 @@ class AuditReport:
         found = ["", *map(str, self.findings)] if self.findings else []
         return "\n".join([f"checked: {', '.join(self.checks)}", *found, "", *map(self.verdict, self.manifests)])
 
-    def to_frame(self) -> pd.DataFrame:  # check, severity, manifests, found, means, remedy
-        "A row for each finding."
-        return pd.DataFrame([asdict(f) for f in self.findings], columns=[*Finding.__dataclass_fields__])
+    def to_frame(self) -> pd.DataFrame:  # check, severity, manifests, found, means, remedy, ids
+        "A row for each finding; manifests and ids of all images concerned joined by bars."
+        rows = [asdict(f) | {"manifests": "|".join(f.manifests), "ids": "|".join(f.ids)} for f in self.findings]
+        return pd.DataFrame(rows, columns=[*Finding.__dataclass_fields__])
 
 
 def _count(n: int, what: str) -> str: return f"{n} {what}{'s' * (n != 1)}"
 
-# %% ../../nbs/1_data/05_audit.ipynb #06647f50
+# %% ../../nbs/1_data/05_audit.ipynb #056a7389
 def _short_names(sources: Sequence) -> list[str]:
     "The last parts of each path, as many as it takes to tell them apart."
     parts = [Path(s).parts if not _is_phantom(s) else (str(s),) for s in sources]
@@ -84,7 +86,12 @@ def _short_names(sources: Sequence) -> list[str]:
     raise AuditError(f"sources: the same manifest twice: {_some(sources)}")
 
 
-def _study(sources: Sequence) -> pd.DataFrame:  # their columns, and manifest, store, path (of the file), who (source, patient)
+def _who(source: pd.Series, patient: pd.Series) -> pd.Series:
+    "Who is shown: a patient with a prefix, such as nih:00000001, whatever the source; else one of the source."
+    return patient.where(patient.str.contains(":"), source + ":" + patient)
+
+
+def _study(sources: Sequence) -> pd.DataFrame:  # their columns, and manifest, store, path (of the file), who
     "All tables, one after the other."
     tables = []
     for source, name in zip(sources, _short_names(sources)):
@@ -92,11 +99,11 @@ def _study(sources: Sequence) -> pd.DataFrame:  # their columns, and manifest, s
         path = "" if store or _is_phantom(source) else [os.path.realpath(f) for f in t.file]
         source_column = t.source.fillna("").astype(str)
         tables.append(t.assign(manifest=name, store=str(source) if store else "", path=path, source=source_column))
-    return pd.concat(tables, ignore_index=True).assign(who=lambda t: list(zip(t.source, t.patient)))
+    return pd.concat(tables, ignore_index=True).assign(who=lambda t: _who(t.source, t.patient))
 
 
 def _finding(check: str, severity: str, rows: pd.DataFrame, found: str, means: str, remedy: str) -> Finding:
-    return Finding(check, severity, tuple(dict.fromkeys(rows.manifest)), found, means, remedy)
+    return Finding(check, severity, tuple(dict.fromkeys(rows.manifest)), found, means, remedy, tuple(dict.fromkeys(rows.id)))
 
 # %% ../../nbs/1_data/05_audit.ipynb #b5e86f03
 _TESTED = "the model is tested on what it has learned from"
@@ -244,7 +251,7 @@ def check_people(rows: pd.DataFrame) -> Iterator[Finding]:
         if len(count["view"]) > 1: yield _finding("people", "note", t, f"{about}views {views}",
                                                   "bedside films are AP, and of sicker people", "report results by view, too")
 
-# %% ../../nbs/1_data/05_audit.ipynb #e15e14ee
+# %% ../../nbs/1_data/05_audit.ipynb #b1dbc51f
 _COMPARE = "report these beside every result; compare with an encoder that was never trained"
 
 
@@ -258,7 +265,7 @@ def check_shortcuts(rows: pd.DataFrame, looks: Looks, progress: bool = False) ->
         p = p.sort_values("auroc", ascending=False, kind="stable")
         told = [f"{r.probe} {r.auroc:.2f} [{r.low:.2f}, {r.high:.2f}]" for r in p.itertuples()]
         yield _finding("shortcuts", "warning" if (p.low > .6).any() else "note", rows[rows.source == source],
-                       f"{source or 'all'}: normal or not, area under the ROC curve from {', '.join(told)}",
+                       f"{source or 'all'}: normal or not, AUROC from {', '.join(told)}",
                        "a network may reach as much without knowing any anatomy", _COMPARE)
 
 

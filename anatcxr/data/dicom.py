@@ -98,7 +98,7 @@ def _years(age: str) -> float | None:
     found = re.fullmatch(r"(\d+)([DWMY]?)", age)
     return float(found[1]) / {"D": 365.25, "W": 365.25 / 7, "M": 12}.get(found[2], 1) if found else None
 
-# %% ../../nbs/1_data/01_dicom.ipynb #ea186d91
+# %% ../../nbs/1_data/01_dicom.ipynb #bbc817d1
 _NEEDED = ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation")
 
 def dicom_header(path: str | Path) -> DicomHeader:
@@ -120,7 +120,7 @@ def dicom_header(path: str | Path) -> DicomHeader:
             _text(ds, "ViewPosition"), _text(ds, "PatientID"), _text(ds, "PatientSex"), _years(_text(ds, "PatientAge")),
             spacing, high / wide,
             (_numbers(ds, "RescaleSlope", (1.,))[0], _numbers(ds, "RescaleIntercept", (0.,))[0]),
-            tuple(zip(_numbers(ds, "WindowCenter"), _numbers(ds, "WindowWidth"), strict=True)),
+            tuple(zip(_numbers(ds, "WindowCenter"), _numbers(ds, "WindowWidth"))),
             _text(ds, "VOILUTFunction").upper() or "LINEAR", (ends[0], ends[-1]) if ends else None)
 
 # %% ../../nbs/1_data/01_dicom.ipynb #521f1fda
@@ -202,7 +202,7 @@ def _stored(h: DicomHeader, ds) -> np.ndarray:  # (H,W) integer, of 8 or 16 bits
         raise DicomError(h.path, f"its compressed pixels are damaged (gdcm: exit {code}, {len(out)} of {size} bytes)")
     return get_decoder(syntax).as_array(ds, index=0, decoding_plugin=plugin, raw=True, correct_unused_bits=False)[0]
 
-# %% ../../nbs/1_data/01_dicom.ipynb #328ddc40
+# %% ../../nbs/1_data/01_dicom.ipynb #965ddf08
 def _entries(x: np.ndarray, item, little: bool) -> tuple[np.ndarray, int]:
     "Values through a modality or VOI table, and the largest value that the table can hold."
     n, first, depth = (int(v) & 0xFFFF for v in item.LUTDescriptor)
@@ -219,13 +219,12 @@ def _entries(x: np.ndarray, item, little: bool) -> tuple[np.ndarray, int]:
 def _window(x: np.ndarray, center: float, width: float, function: str) -> np.ndarray:
     "Values through a window, to [0,1] (PS3.3 C.11.2.1.2 and C.11.2.1.3)."
     linear = function == "LINEAR"
-    if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID") or width < linear or width <= 0:
-        raise ValueError(f"window function {function!r} with width {width}")
+    if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"): raise ValueError(f"window function {function!r}")
     if function == "SIGMOID": return .5 + .5 * np.tanh(2 * (x - center) / width)
     center, width = center - .5 * linear, width - linear
     return np.clip((x - center) / width + .5, 0, 1) if width else (x > center).astype(float)
 
-# %% ../../nbs/1_data/01_dicom.ipynb #0e009b92
+# %% ../../nbs/1_data/01_dicom.ipynb #22883c98
 def _grey_values(h: DicomHeader, ds, x: np.ndarray, used: np.ndarray) -> np.ndarray:  # (2^bits,) float32 in [0,1]
     "The grey of each stored value in `x` (2^bits,); `used` are the indices of all pixels but padding."
     little = ds.file_meta.TransferSyntaxUID != f"{_UID}.2"
@@ -234,7 +233,10 @@ def _grey_values(h: DicomHeader, ds, x: np.ndarray, used: np.ndarray) -> np.ndar
     if ds.get("VOILUTSequence"):
         entry, top = _entries(x, ds.VOILUTSequence[0], little)
         y = entry / top
-    elif h.windows: y = _window(x, *h.windows[0], h.function)
+    elif h.windows:
+        usable = [w for w in h.windows if w[1] >= (1 if h.function == "LINEAR" else 1e-9)]
+        if not usable: raise DicomError(h.path, f"no usable window (centre, width): {h.windows}", "Delete its window elements: the pixels' range then counts")
+        y = _window(x, *usable[0], h.function)
     else:
         seen = np.full(len(x), h.bits[1] <= 8)
         seen[used] = True

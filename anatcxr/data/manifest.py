@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['unit', 'ChestXrays']
 
-# %% ../../nbs/1_data/03_manifest.ipynb #deae958d
+# %% ../../nbs/1_data/03_manifest.ipynb #12c708cf
 import hashlib
 import json
 from functools import cached_property
@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .images import _target, crop_points, image_size, read_image, read_mask, resize
+from .images import ImageError, _target, crop_points, image_size, read_image, read_mask, resize
 from .rng import name_id
 from .table import ManifestError, read_manifest, shared_data
 from .table import _file_columns, _is_phantom, _is_store, _locate, _NO_BOXES, _read_boxes, _read_landmarks, _select, _some
 
-# %% ../../nbs/1_data/03_manifest.ipynb #299f2fdd
+# %% ../../nbs/1_data/03_manifest.ipynb #025b3747
 class _Files:
     "Images decoded from their files each time."
     def __init__(self, source, table, size, rule):
@@ -32,6 +32,8 @@ class _Files:
 
     def image(self, i: int) -> Tensor:
         x = read_image(self.files[i])
+        if max(x.shape[1:]) > 8 * min(x.shape[1:]):
+            raise ImageError(self.files[i], f"{x.shape[2]} x {x.shape[1]} pixels: no radiograph is that oblong", "Leave this image out")
         self._last = i, tuple(x.shape[1:])
         return x if self.size is None else resize(x, self.size, self.rule)
 

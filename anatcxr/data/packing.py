@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['store_bytes', 'pack', 'verify_store']
 
-# %% ../../nbs/1_data/03_packing.ipynb #5f303e40
+# %% ../../nbs/1_data/03_packing.ipynb #4bc55d5b
 import contextlib
-import hashlib
+import ctypes
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 import numpy as np
@@ -23,34 +24,35 @@ from .images import ImageError
 from .manifest import ChestXrays, _Files, _sha256, _Store
 from .table import ManifestError, _file_columns, _locate, _some, shared_data
 
-# %% ../../nbs/1_data/03_packing.ipynb #f3921df5
+# %% ../../nbs/1_data/03_packing.ipynb #5d166161
 def _mask_bytes(data: ChestXrays, i: int, names: list[str]) -> bytes:
     "For each name a byte that says whether there is such a mask, then a bit for each of its pixels."
     have, empty = (data.masks(i) if names else {}), np.zeros(data.size ** 2, bool)
     return b"".join(bytes([n in have]) + np.packbits(have[n].numpy() if n in have else empty).tobytes() for n in names)
 
 
-def _source_sum(path: Path, noted) -> str:
-    "The sha256 of a file; `ImageError` if the table has noted another."
+def _about(path: Path, noted) -> dict:
+    "The sha256 and the size of a file; `ImageError` if the table has noted another sum."
     if not path.is_file(): raise ImageError(path, "there is no such file", "Check the folder")
-    found = _sha256(path.read_bytes())
+    found = _sha256(data := path.read_bytes())
     if isinstance(noted, str) and noted != found: raise ImageError(path, "the file is not the one that the table has noted by its sha256", "Copy it again")
-    return found
+    return {"sha256": found, "bytes": len(data)}
 
 
 class _ToPack(Dataset):
-    "Row number -> bytes for each file of the store, boxes, sha256 of the source file, None; or, at the end, why not."
+    "Row number -> bytes for each file of the store, boxes, what is known of the source file, None; or, at the end, why not."
     def __init__(self, data: ChestXrays, masks: list[str]):
         self.data, self.masks, self.ids = data, masks, data.table.id.tolist()
         self.noted = data.table.sha256.tolist() if "sha256" in data.table else [None] * len(data)
 
     def __getitem__(self, i: int):
-        data, source = self.data, ""
+        data, source = self.data, {}
         try:
-            if isinstance(data._door, _Files): source = _source_sum(Path(data._door.files[i]), self.noted[i])
+            if isinstance(data._door, _Files): source = _about(Path(data._door.files[i]), self.noted[i])
             x, p, (labels, b), m = data[i]["image"], data._door.points(i), data.boxes(i), _mask_bytes(data, i, self.masks)
         except ImageError as e: return None, None, None, (e.reason, e.remedy)
         except ManifestError as e: return None, None, None, (str(e), "Correct the table, or leave this image out")
+        if source: source |= dict(zip(("orig_height", "orig_width"), data._door._shape(i)))
         row = {"images": (x * 255).round().to(torch.uint8).numpy().tobytes(), "landmarks": p.numpy().tobytes(), "masks": m}
         boxes = [(self.ids[i], label, x0, y0, x1 - x0, y1 - y0) for label, (x0, y0, x1, y1) in zip(labels, b.tolist())]
         return row, boxes, source, None
@@ -119,7 +121,7 @@ class _Part:
                 self.lines.append(line | {"end": i + 1})
                 line = {"good": [], "bad": [], "boxes": []}
 
-# %% ../../nbs/1_data/03_packing.ipynb #023ff23e
+# %% ../../nbs/1_data/03_packing.ipynb #fa3c20f7
 def _join(parts: list[_Part], data: ChestXrays, masks: list[str]) -> Path:  # folder of the first part, now a whole store
     "Append all parts to the first, and write the tables."
     folder, good = parts[0].folder, [g for p in parts for g in p.all("good")]
@@ -138,24 +140,34 @@ def _join(parts: list[_Part], data: ChestXrays, masks: list[str]) -> Path:  # fo
     return folder
 
 
+def _portable(data: ChestXrays) -> pd.DataFrame:
+    "The table with file names relative to its own folder."
+    table = data.table.copy()
+    for c in _file_columns(table) if isinstance(data._door, _Files) else ():
+        table[c] = [os.path.relpath(f, _locate(data.source).parent) if isinstance(f, str) else None for f in table[c]]
+    return table
+
+
+def _table_stamp(data: ChestXrays) -> str:
+    "Changes with every id, split, label, file name: with anything in the table."
+    return _sha256(_portable(data).to_csv(index=False).encode())
+
+
 def _write_tables(folder: Path, data: ChestXrays, masks: list[str], good: list, bad: list):
     "Write manifest.parquet, quarantine.csv and meta.json."
-    table, (rows, sums, sources) = data.table.copy(), zip(*good)
-    if isinstance(data._door, _Files):
-        root = _locate(data.source).parent
-        for c in _file_columns(table):
-            table[c] = [os.path.relpath(f, root) if isinstance(f, str) else None for f in table[c]]
-        table.loc[[*rows], "sha256"] = sources
+    table, (rows, sums, sources) = _portable(data), zip(*good)
+    known = pd.DataFrame(sources, index=[*rows])  # of the files; nothing for phantoms
+    for c in known: table[c] = known[c].reindex(table.index) if c not in table else table[c].fillna(known[c])
     why = pd.DataFrame(bad, columns=["row", "reason", "remedy"]).set_index("row")
     table.loc[why.index, ["id", "file"]].join(why).to_csv(folder / "quarantine.csv", index=False)
     table.loc[[*rows]].to_parquet(folder / "manifest.parquet", index=False)
-    sha = {"preprocessing": _sha256(data._door.preprocessing.encode()), "images": dict(zip(table.id[[*rows]], sums)),
+    sha = {"table": _table_stamp(data), "preprocessing": _sha256(data._door.preprocessing.encode()), "images": dict(zip(table.id[[*rows]], sums)),
            "manifest": _sha256((folder / "manifest.parquet").read_bytes())}
     meta = {"format": 2, "n": len(good), "quarantined": len(bad), "size": data.size, "rule": data.rule,
             "preprocessing": data._door.preprocessing, "point_names": data.point_names, "mask_names": masks, "sha256": sha}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
-# %% ../../nbs/1_data/03_packing.ipynb #4c1fa8c0
+# %% ../../nbs/1_data/03_packing.ipynb #bff71aeb
 @contextlib.contextmanager
 def _locked(path: Path, wait: bool):
     "Only one process at a time is in here; the lock ends with its process, however that ends."
@@ -164,7 +176,13 @@ def _locked(path: Path, wait: bool):
             import fcntl
             try: fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError as e: raise ManifestError(f"{path.parent}: another process packs {path.stem}; wait for it") from e
+            except OSError as e: raise ManifestError(f"{path}: cannot be locked ({e.strerror}); choose a disk whose file system has locks") from e
         yield
+
+
+def _end_with_parent(worker: int):
+    "A worker inherits the lock; it must not outlive a process that was killed."
+    if sys.platform == "linux": ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _masks_of(data: ChestXrays) -> list[str]:
@@ -188,7 +206,7 @@ def _begin(staging: Path, plan: dict):
     (tmp := staging / f".plan-{os.getpid()}").write_text(json.dumps(plan))
     tmp.replace(path)
 
-# %% ../../nbs/1_data/03_packing.ipynb #38f7bff1
+# %% ../../nbs/1_data/03_packing.ipynb #f149fafe
 def pack(
     source: str | Path,  # as for `read_manifest`
     dst: str | Path,     # folder to make; it is complete or absent
@@ -203,6 +221,7 @@ def pack(
     "Decode and resize a data set once into a store, going on where an interrupted call stopped; what cannot be used is in quarantine.csv."
     dst, data = Path(dst), ChestXrays(source, size, rule, rows, allow_leaks=allow_leaks)
     if dst.exists(): raise ManifestError(f"{dst}: exists already; choose another folder or delete it")
+    if workers < 0: raise ManifestError(f"workers={workers}: expected 0 or more")
     if not 1 <= shard[0] <= shard[1] <= len(data): raise ManifestError(f"shard={shard}: expected part 1 to n of n, for {len(data)} images")
     staging, names = dst.with_name(f".{dst.name}.packing"), _masks_of(data) if masks else []
     shapes, cuts = _row_shapes(data, names), [len(data) * k // shard[1] for k in range(shard[1] + 1)]
@@ -210,12 +229,13 @@ def pack(
     dst.parent.mkdir(parents=True, exist_ok=True)
     if need - there > (free := shutil.disk_usage(dst.parent).free):
         raise ManifestError(f"{dst}: needs {need - there >> 20} MiB, {free >> 20} MiB are free there; choose another place")
-    _begin(staging, {"data": data.fingerprint, "masks": names, "shards": shard[1]})
+    _begin(staging, {"data": data.fingerprint, "table": _table_stamp(data), "masks": names, "shards": shard[1]})
     folders = [staging / f"part-{k + 1}-of-{shard[1]}" for k in range(shard[1])]
     (mine := folders[shard[0] - 1]).mkdir(exist_ok=True)
     with _locked(staging / f"{mine.name}.lock", wait=False):
         part = _Part(mine, shapes, *cuts[shard[0] - 1:shard[0] + 1])
-        loader = DataLoader(_ToPack(data, names), sampler=range(part.done, part.last), batch_size=None, num_workers=workers, generator=torch.Generator())
+        loader = DataLoader(_ToPack(data, names), sampler=range(part.done, part.last), batch_size=None, num_workers=workers, generator=torch.Generator(),
+                            worker_init_fn=_end_with_parent)
         with tqdm(initial=part.done - part.first, total=part.last - part.first, desc="packing", disable=None) as bar: part.grow(loader, bar)
     with _locked(staging / "join.lock", wait=True):
         if dst.exists(): return dst  # another process waited less

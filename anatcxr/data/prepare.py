@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Plan', 'plan', 'prepare']
 
-# %% ../../nbs/1_data/05_prepare.ipynb #99722372
+# %% ../../nbs/1_data/05_prepare.ipynb #04778946
 import json
 import shutil
 import time
@@ -18,10 +18,10 @@ from tqdm import tqdm
 from . import chexpert, medmnist, nih, nlm, rsna, segmented  # noqa: F401
 from .images import ImageError
 from .manifest import ChestXrays
-from .packing import pack, store_bytes
-from .sources import SOURCES, make_manifest
+from .packing import _locked, _table_stamp, pack, store_bytes
+from .sources import FOLDER, SOURCES, SourceError, make_manifest
 
-# %% ../../nbs/1_data/05_prepare.ipynb #a66ec50c
+# %% ../../nbs/1_data/05_prepare.ipynb #fec557f0
 class Plan(NamedTuple):
     "What preparing a data set will take; `str` of it is for reading."
     images: int
@@ -52,16 +52,23 @@ def plan(data: ChestXrays, store: Path, workers: int, share: float = 1., masks: 
     parent = next(p for p in store.resolve().parents if p.exists())
     splits = data.table.split.value_counts().sort_index().to_dict()
     done = (store / "meta.json").is_file()
-    return Plan(len(data), data.table.patient.nunique(), splits, store_bytes(data, masks), shutil.disk_usage(parent).free,
-                0. if done else _seconds_per_image(data) * len(data) * share / max(workers, 1), done)
+    disk, free = store_bytes(data, masks), shutil.disk_usage(parent).free
+    seconds = 0. if done or disk > free else _seconds_per_image(data) * len(data) * share / max(workers, 1)  # `pack` will refuse what has no room
+    return Plan(len(data), data.table.patient.nunique(), splits, disk, free, seconds, done)
 
-# %% ../../nbs/1_data/05_prepare.ipynb #218b4614
-def _manifest(name: str, src, dst: Path, split: str, partial: bool, options: dict) -> Path:
-    "The manifest that is there, if it is what is asked for; else a new one."
-    card = dst / "card.json"
-    if not partial and name in SOURCES and (dst / "manifest.csv").is_file() and card.is_file():
-        if json.loads(card.read_text())["chosen"] == SOURCES[name].chosen(src, dst, split, options): return dst / "manifest.csv"
-    return make_manifest(name, src, dst, split, partial, **options)
+# %% ../../nbs/1_data/05_prepare.ipynb #08ff3433
+def _manifest(name: str, src, dst: Path, split: str, partial: bool, fractions: tuple[int, ...], folds: int, options: dict) -> Path:
+    "The manifest that is there, if it is what is asked for and complete; else a new one."
+    card, asked = dst / "card.json", {**options, "fractions": list(fractions), "folds": folds}
+    if not partial and name != FOLDER.name and name in SOURCES and (dst / "manifest.csv").is_file() and card.is_file():
+        if json.loads(card.read_text())["chosen"] == SOURCES[name].chosen(src, dst, split, asked): return dst / "manifest.csv"
+    return make_manifest(name, src, dst, split, partial, fractions, folds, **options)
+
+
+def _same_table(store: Path, data: ChestXrays):
+    "A store of another split, of fewer images, of other labels would be a wrong answer."
+    if json.loads((store / "meta.json").read_text())["sha256"].get("table") != _table_stamp(data):
+        raise SourceError(f"{store}: was made of another table (other split, options or files) than {data.source}; choose another dst, or delete this store")
 
 
 def prepare(
@@ -74,6 +81,8 @@ def prepare(
     workers: int = 2,        # processes that decode
     shard: tuple[int, int] = (1, 1),  # do part i of n, see `pack`
     partial: bool = False,   # accept a part of the data set
+    fractions: tuple[int, ...] = (),  # per cents of the training patients to mark in columns fraction_<percent>, nested
+    folds: int = 0,          # mark so many folds of the patients in a column `fold`
     allow_leaks: bool = False,  # accept a released split in which patients leak
     dry_run: bool = False,   # make the manifest and say the plan, no more
     say=print,               # where the plan goes
@@ -81,11 +90,13 @@ def prepare(
 ) -> Path | None:            # the store; None from a dry run, or while other shards are missing
     "Manifest, card and packed store of a public data set; interrupted at any moment, the same call goes on."
     dst = Path(dst)
-    manifest = _manifest(name, src, dst, split, partial, options)
+    if dry_run and "download" in getattr(SOURCES.get(name), "options", dict)(): options.setdefault("download", False)
+    dst.mkdir(parents=True, exist_ok=True)
+    with _locked(dst / ".manifest.lock", wait=True): manifest = _manifest(name, src, dst, split, partial, fractions, folds, options)
     data, store = ChestXrays(manifest, size, rule, allow_leaks=allow_leaks), dst / f"store-{size}-{rule}"
     todo = plan(data, store, workers, 1 / shard[1])
     say(f"{SOURCES[name].card.title}: {todo}")
-    if todo.done: return store
+    if todo.done: _same_table(store, data); return store
     if dry_run or pack(manifest, store, size, rule, workers, shard=shard, allow_leaks=allow_leaks) is None: return None
     meta = json.loads((store / "meta.json").read_text())
     say(f"{store}: {meta['n']} images" + (f"; {meta['quarantined']} left out, see quarantine.csv" if meta["quarantined"] else ""))

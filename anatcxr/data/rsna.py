@@ -82,7 +82,7 @@ def _rsna_released(src: Path, entries: pd.DataFrame, lists: str):  # id, key, sp
     for n in RSNA.labels[:2]: more[label_column(n)] = np.where(more[name] == 1, 0, np.nan)
     return listed[["id", "key", "split"]], counts, notes, pd.concat([entries, more], ignore_index=True)
 
-# %% ../../nbs/1_data/04_rsna.ipynb #f42fee89
+# %% ../../nbs/1_data/04_rsna.ipynb #52c39991
 @register(RSNA)
 def find_rsna(
     src: Path, work: Path, split: str = "official",
@@ -113,7 +113,7 @@ def find_rsna(
         counts, notes = counts | found, notes + said
     here = entries[entries.key.isin(files)].reset_index(drop=True)
     if "mapping" in parts: here["nih_id"] = _rsna_originals(parts["mapping"], here.key)
-    here["patient"] = here.nih_id.str[:8] if "mapping" in parts else here.key
+    here["patient"] = "nih:" + here.nih_id.str[:8] if "mapping" in parts else here.key  # the patients of ChestX-ray14, under its names
     several = (here.patient.value_counts() > 1).sum()
     notes.append(f"{here.patient.nunique()} patients of ChestX-ray14, {several} of them with several films" if "mapping" in parts else
                  "each film counts as its own patient, which is wrong: without RSNA's mapping file patients leak unnoticed")

@@ -94,9 +94,9 @@ def probe_features(
     vary = {name: x[:, [len(np.unique(c[np.isfinite(c)])) > 1 for c in x.T]] for name, x in res.items()}
     return {name: x for name, x in vary.items() if x.shape[1]}
 
-# %% ../../nbs/1_data/05_shortcut_probes.ipynb #647c9eb5
+# %% ../../nbs/1_data/05_shortcut_probes.ipynb #23c58eff
 def _weighted_auroc(y: np.ndarray, score: np.ndarray) -> Callable[[np.ndarray], float]:
-    "A function of the (N,) weights: the area under the ROC curve, ties counted one half; nan if a class has no weight."
+    "A function of the (N,) weights: AUROC, ties counted one half; nan if a class has no weight."
     order = np.argsort(score, kind="stable")
     start = np.flatnonzero(np.diff(score[order], prepend=-np.inf))  # of each different score
 
@@ -108,7 +108,7 @@ def _weighted_auroc(y: np.ndarray, score: np.ndarray) -> Callable[[np.ndarray], 
 
 
 def _interval(y: np.ndarray, score: np.ndarray, patient: np.ndarray, draws: int = 500) -> tuple[float, float, float]:
-    "The area under the ROC curve, and a 95 % percentile bootstrap interval over patients."
+    "AUROC, and a 95 % percentile bootstrap interval over patients."
     area, G, rng = _weighted_auroc(y, score), patient.max() + 1, np.random.default_rng(0)
     drawn = [area(rng.multinomial(G, np.full(G, 1 / G))[patient].astype(float)) for _ in range(draws)]
     return area(np.ones(len(y))), *map(float, np.nanquantile(drawn, [.025, .975]))

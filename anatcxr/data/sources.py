@@ -6,13 +6,15 @@
 __all__ = ['SOURCES', 'FOLDER', 'KERMANY', 'DataCard', 'card_text', 'SourceError', 'find_files', 'image_files', 'read_csv',
            'Found', 'Source', 'register', 'make_manifest', 'find_folder', 'find_kermany']
 
-# %% ../../nbs/1_data/04_sources.ipynb #382e7de3
+# %% ../../nbs/1_data/04_sources.ipynb #00a476d7
+import hashlib
 import inspect
 import json
 import os
 import re
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from glob import glob
@@ -22,7 +24,7 @@ import numpy as np
 import pandas as pd
 
 from .images import _SUFFIXES
-from .splits import random_split
+from .splits import nested_fractions, patient_folds, random_split
 from .table import _SPLITS, ManifestError, _some, read_manifest, shared_data
 
 # %% ../../nbs/1_data/04_sources.ipynb #12e1d39e
@@ -49,14 +51,14 @@ def card_text(card: DataCard, facts: dict[str, str]) -> str:  # Markdown
     if card.problems: lines += ["", "## Known problems", "", *(f"- {p}" for p in card.problems)]
     return "\n".join(lines) + "\n"
 
-# %% ../../nbs/1_data/04_sources.ipynb #3e303a86
+# %% ../../nbs/1_data/04_sources.ipynb #6fa9b2d2
 class SourceError(ManifestError):
     "A download that lacks something or is not what its publisher describes; the message lists all of it."
 
 
 def _glob(src: Path, pattern: str) -> list[Path]:
     "What matches, sorted; unlike pathlib's, `**` also goes through links to folders."
-    return [src / hit for hit in sorted(glob(pattern, root_dir=src, recursive=True))]
+    return [src / hit for hit in sorted(glob(pattern, root_dir=src, recursive=True)) if "__MACOSX" not in Path(hit).parts]
 
 
 def find_files(
@@ -75,10 +77,11 @@ def find_files(
 
 
 def _image_paths(folder: str | Path) -> list[Path]:
-    "Every image file below a folder, sorted; links to folders are followed, each folder is visited once."
+    "Every image file below a folder, sorted; links to folders are followed, each folder is visited once. What a Mac packs into a zip is no image."
+    def refuse(e): raise SourceError(f"{e.filename}: the folder cannot be listed ({e.strerror}); check who may read it") from e
     seen, res = set(), []
-    for top, folders, files in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(top)) in seen: folders.clear(); continue
+    for top, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
+        if (real := os.path.realpath(top)) in seen or os.path.basename(top) == "__MACOSX": folders.clear(); continue
         seen.add(real)
         res += [Path(top, f) for f in files if Path(f).suffix.lower() in _SUFFIXES and not f.startswith(".")]
     return sorted(res)
@@ -132,7 +135,7 @@ def register(card: DataCard) -> Callable:
         return find
     return add
 
-# %% ../../nbs/1_data/04_sources.ipynb #e6391c1a
+# %% ../../nbs/1_data/04_sources.ipynb #3e8f8da0
 def _check_counts(card: DataCard, counts: dict[str, tuple[int, int]], partial: bool):
     wrong = [f"{what}: {found}, expected {expected}" for what, (found, expected) in counts.items() if found != expected and not (partial and found < expected)]
     if wrong: raise SourceError(f"{card.title}: other counts than published" + "".join(f"\n- {w}" for w in wrong) +
@@ -145,6 +148,8 @@ def make_manifest(
     dst: str | Path,         # folder to write manifest.csv, boxes.csv, card.md and card.json into
     split: str = "official",  # one of the card's
     partial: bool = False,   # accept a part of the data set
+    fractions: tuple[int, ...] = (),  # per cents of the training patients to mark, nested, see `nested_fractions`
+    folds: int = 0,          # mark so many folds of all patients in a column `fold`, see `patient_folds`
     **options,               # of the adapter
 ) -> Path:                   # manifest.csv
     "Read a download with its adapter, check it, and write its manifest and card; `SourceError` if it is not what it should be."
@@ -155,11 +160,14 @@ def make_manifest(
     dst.mkdir(parents=True, exist_ok=True)
     found = source.find(Path(src).resolve(), dst, split, **options)
     _check_counts(source.card, found.counts, partial)
-    return _write_manifest(source.card, found, dst, source.chosen(src, dst, split, options), partial)
+    if fractions: found = found._replace(table=nested_fractions(found.table, fractions, strata=found.table.label.fillna("")))
+    if folds: found = found._replace(table=found.table.assign(fold=patient_folds(found.table.patient, folds, strata=found.table.label.fillna(""))))
+    chosen = source.chosen(src, dst, split, {**options, "fractions": list(fractions), "folds": folds})
+    return _write_manifest(source.card, found, dst, chosen, partial)
 
-# %% ../../nbs/1_data/04_sources.ipynb #ad8408e4
+# %% ../../nbs/1_data/04_sources.ipynb #6a886333
 def _write_text(path: Path, text: str):
-    tmp = path.with_name(f".{path.name}.tmp")
+    tmp = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # another machine may write the same file
     tmp.write_text(text, encoding="utf-8")
     tmp.replace(path)
 
@@ -167,19 +175,21 @@ def _write_text(path: Path, text: str):
 def _write_manifest(card: DataCard, found: Found, dst: Path, chosen: dict[str, str], partial: bool) -> Path:
     "Boxes and card first, the manifest last: where it is, the others are."
     table = found.table.assign(source=card.name, licence=card.licence, redistribution=card.redistribution)
-    table["patient"] = f"{card.name}:" + table.patient.astype(str)
+    own = table.patient.astype(str)
+    table["patient"] = own.where(own.str.partition(":")[0].isin(SOURCES), f"{card.name}:" + own)  # an adapter may know whose patients they are
     for c in [c for c in table if c == "file" or c.startswith("mask_")]:
         table[c] = [os.path.relpath(f, dst) if isinstance(f, (str, Path)) else None for f in table[c]]
     if found.boxes is not None: _write_text(dst / "boxes.csv", found.boxes.to_csv(index=False))
     counts = {what: f"{n}" + ("" if n == expected else f" of {expected}") for what, (n, expected) in found.counts.items()}
     per_split = {f"split {s}": f"{len(t)} images, {t.patient.nunique()} patients" for s, t in table.groupby("split")}
     facts = {k: v for k, v in chosen.items() if k != "src"} | counts | per_split | ({"partial": "a part of the data set"} if partial else {}) | {f"note {i + 1}": n for i, n in enumerate(found.notes)}
+    facts["split sha256"] = hashlib.sha256("\n".join(sorted(table.id + " " + table.split)).encode()).hexdigest()[:16]
     _write_text(dst / "card.md", card_text(card, facts))
     _write_text(dst / "card.json", json.dumps(asdict(card) | {"chosen": chosen, "facts": facts}, indent=1))
     _write_text(dst / "manifest.csv", table.to_csv(index=False))
     return dst / "manifest.csv"
 
-# %% ../../nbs/1_data/04_sources.ipynb #f5154529
+# %% ../../nbs/1_data/04_sources.ipynb #5336bf3e
 FOLDER = DataCard(
     name="folder", title="Folders by class", home="your own files", licence="unknown", redistribution="unknown", citation="none",
     download="put the images into SRC/CLASS/ or SRC/{train,val,test}/CLASS/", splits=("official", "random"),
@@ -196,6 +206,8 @@ def find_folder(
 ) -> Found:
     "Images in class-named folders; splits from folders train, val, test if there are any (official), else by chance."
     find_files(src, {}, FOLDER)
+    try: re.compile(patient)
+    except (re.error, TypeError) as e: raise SourceError(f"patient={patient!r}: no regular expression ({e})") from e
     rows = []
     for p in _image_paths(src):
         *parts, label, name = p.relative_to(src).parts if len(p.relative_to(src).parts) > 1 else ("", p.name)
@@ -210,7 +222,7 @@ def find_folder(
     if split == "random" or table.split.isna().all(): table["split"] = random_split(table.patient, val, test, seed, table.label)
     return Found(table, {}, notes=() if patient else ("each image counts as its own patient: nobody checked that",))
 
-# %% ../../nbs/1_data/04_sources.ipynb #2eb01300
+# %% ../../nbs/1_data/04_sources.ipynb #229eb8d1
 KERMANY = DataCard(
     name="kermany", title="ChildCXR (Kermany et al.)", home="https://data.mendeley.com/datasets/rscbjbr9sj", licence="CC BY 4.0", redistribution="ok",
     download="fetch ChestXRay2017.zip and unpack it, so that SRC/**/train/NORMAL lies somewhere below SRC",
@@ -241,9 +253,10 @@ def find_kermany(
     rows = [{"id": p.stem, "file": p, "label": kind.lower(), "part": "test" if part == "test" else "train"}
             for part in ("train", "val", "test") for kind in ("NORMAL", "PNEUMONIA") if (top / part / kind).is_dir()
             for p in image_files(top / part / kind).values()]
+    if not rows: raise SourceError(f"{top}: no images in train, val or test; {KERMANY.download}")
     table = pd.DataFrame(rows)
     person = table.id.map(_kermany_person)
-    table["patient"] = person if same_name else table.part + ":" + person
+    table["patient"] = person if same_name else table.part + "-" + person
     table["id"] = table.part + ":" + table.id
     table["condition"] = np.where(table.label == "normal", "normal", np.where(table.id.str.contains("_virus_"), "virus", "bacteria"))
     train = (table.part == "train").to_numpy()
@@ -251,4 +264,5 @@ def find_kermany(
     else: table.loc[train, "split"] = random_split(table.patient[train], val, 0, seed, table.condition[train]); table.loc[~train, "split"] = "test"
     n = table.groupby(["part", "label"]).size()
     counts = {what: (int(n.get(tuple(what.split()), 0)), expected) for what, expected in _KERMANY_COUNTS.items()}
-    return Found(table.drop(columns="part").assign(view="AP"), counts)
+    notes = (f"validation: {val:.0%} of the training patients, drawn with seed {seed}",) if split == "official" else ()
+    return Found(table.drop(columns="part").assign(view="AP"), counts, notes=notes)
