@@ -77,18 +77,13 @@ class AuditReport:
 
 def _count(n: int, what: str) -> str: return f"{n} {what}{'s' * (n != 1)}"
 
-# %% ../../nbs/1_data/05_audit.ipynb #056a7389
+# %% ../../nbs/1_data/05_audit.ipynb #841fbff2
 def _short_names(sources: Sequence) -> list[str]:
     "The last parts of each path, as many as it takes to tell them apart."
     parts = [Path(s).parts if not _is_phantom(s) else (str(s),) for s in sources]
     for n in range(1, max(map(len, parts)) + 1):
         if len({"/".join(p[-n:]) for p in parts}) == len(parts): return ["/".join(p[-n:]) for p in parts]
     raise AuditError(f"sources: the same manifest twice: {_some(sources)}")
-
-
-def _who(source: pd.Series, patient: pd.Series) -> pd.Series:
-    "Who is shown: a patient with a prefix, such as nih:00000001, whatever the source; else one of the source."
-    return patient.where(patient.str.contains(":"), source + ":" + patient)
 
 
 def _study(sources: Sequence) -> pd.DataFrame:  # their columns, and manifest, store, path (of the file), who
@@ -99,7 +94,8 @@ def _study(sources: Sequence) -> pd.DataFrame:  # their columns, and manifest, s
         path = "" if store or _is_phantom(source) else [os.path.realpath(f) for f in t.file]
         source_column = t.source.fillna("").astype(str)
         tables.append(t.assign(manifest=name, store=str(source) if store else "", path=path, source=source_column))
-    return pd.concat(tables, ignore_index=True).assign(who=lambda t: _who(t.source, t.patient))
+    return pd.concat(tables, ignore_index=True).assign(  # nih:00000001 is the same person in every source
+        who=lambda t: t.patient.where(t.patient.str.contains(":"), t.source + ":" + t.patient))
 
 
 def _finding(check: str, severity: str, rows: pd.DataFrame, found: str, means: str, remedy: str) -> Finding:
