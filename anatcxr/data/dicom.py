@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['DicomError', 'DicomHeader', 'dicom_header', 'trim_border', 'read_dicom']
 
-# %% ../../nbs/1_data/01_dicom.ipynb #cf93b043
+# %% ../../nbs/1_data/01_dicom.ipynb #3fa0be7f
 import re
 import subprocess
 import sys
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from struct import unpack
 import numpy as np
@@ -98,7 +99,7 @@ def _years(age: str) -> float | None:
     found = re.fullmatch(r"(\d+)([DWMY]?)", age)
     return float(found[1]) / {"D": 365.25, "W": 365.25 / 7, "M": 12}.get(found[2], 1) if found else None
 
-# %% ../../nbs/1_data/01_dicom.ipynb #bbc817d1
+# %% ../../nbs/1_data/01_dicom.ipynb #ad2f2851
 _NEEDED = ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation")
 
 def dicom_header(path: str | Path) -> DicomHeader:
@@ -120,7 +121,7 @@ def dicom_header(path: str | Path) -> DicomHeader:
             _text(ds, "ViewPosition"), _text(ds, "PatientID"), _text(ds, "PatientSex"), _years(_text(ds, "PatientAge")),
             spacing, high / wide,
             (_numbers(ds, "RescaleSlope", (1.,))[0], _numbers(ds, "RescaleIntercept", (0.,))[0]),
-            tuple(zip(_numbers(ds, "WindowCenter"), _numbers(ds, "WindowWidth"))),
+            tuple(zip_longest(_numbers(ds, "WindowCenter"), _numbers(ds, "WindowWidth"), fillvalue=np.nan)),
             _text(ds, "VOILUTFunction").upper() or "LINEAR", (ends[0], ends[-1]) if ends else None)
 
 # %% ../../nbs/1_data/01_dicom.ipynb #521f1fda
@@ -224,7 +225,7 @@ def _window(x: np.ndarray, center: float, width: float, function: str) -> np.nda
     center, width = center - .5 * linear, width - linear
     return np.clip((x - center) / width + .5, 0, 1) if width else (x > center).astype(float)
 
-# %% ../../nbs/1_data/01_dicom.ipynb #22883c98
+# %% ../../nbs/1_data/01_dicom.ipynb #fdfda965
 def _grey_values(h: DicomHeader, ds, x: np.ndarray, used: np.ndarray) -> np.ndarray:  # (2^bits,) float32 in [0,1]
     "The grey of each stored value in `x` (2^bits,); `used` are the indices of all pixels but padding."
     little = ds.file_meta.TransferSyntaxUID != f"{_UID}.2"
@@ -234,7 +235,7 @@ def _grey_values(h: DicomHeader, ds, x: np.ndarray, used: np.ndarray) -> np.ndar
         entry, top = _entries(x, ds.VOILUTSequence[0], little)
         y = entry / top
     elif h.windows:
-        usable = [w for w in h.windows if w[1] >= (1 if h.function == "LINEAR" else 1e-9)]
+        usable = [w for w in h.windows if w[1] >= (1 if h.function == "LINEAR" else 1e-9) and np.isfinite(w[0])]
         if not usable: raise DicomError(h.path, f"no usable window (centre, width): {h.windows}", "Delete its window elements: the pixels' range then counts")
         y = _window(x, *usable[0], h.function)
     else:
