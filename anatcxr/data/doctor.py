@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DoctorError', 'Examination', 'examine', 'write_examination']
 
-# %% ../../nbs/1_data/05_doctor.ipynb #6554d8c6
+# %% ../../nbs/1_data/05_doctor.ipynb #1a052b1c
 import hashlib
 import multiprocessing
 import os
@@ -28,6 +28,7 @@ from tqdm import tqdm
 from .images import ImageError, read_image
 from .pose import _ALIKE, _content, _mean_radiograph, _pose, _scores, _thin
 from .show import show_images
+from .sources import _walk_files
 
 # %% ../../nbs/1_data/05_doctor.ipynb #a357462f
 class DoctorError(ValueError):
@@ -53,18 +54,12 @@ def _meant(path: Path) -> tuple[str, str]:  # format or "", why not
     kind = "DICOM" if head[128:] == b"DICM" else next((k for mark, k in _MARKS.items() if head.startswith(mark)), "")
     return kind, "" if kind else "neither name nor first bytes are those of an image"
 
-# %% ../../nbs/1_data/05_doctor.ipynb #72b80abe
+# %% ../../nbs/1_data/05_doctor.ipynb #bd0d2f48
 def _files(root: Path) -> list[Path]:
     "All files of a folder and the folders in it, by name."
     if root.is_file(): return [root]
     if not root.is_dir(): raise DoctorError(f"{root}: no such folder or file; check the name, and what it is relative to")
-    seen, found = set(), []
-    def refuse(e): raise DoctorError(f"{e.filename}: cannot be listed ({e.strerror}); check who may read it") from e
-    for folder, below, names in os.walk(root, followlinks=True, onerror=refuse):
-        below.sort()
-        if (real := os.path.realpath(folder)) in seen: below.clear(); continue
-        seen.add(real); found += [Path(folder, n) for n in names]
-    return sorted(found, key=Path.as_posix)
+    return sorted(_walk_files(root, DoctorError), key=Path.as_posix)
 
 # %% ../../nbs/1_data/05_doctor.ipynb #c4c2ab11
 def _measure(image: Tensor) -> dict:  # (1,H,W)

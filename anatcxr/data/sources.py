@@ -51,7 +51,7 @@ def card_text(card: DataCard, facts: dict[str, str]) -> str:  # Markdown
     if card.problems: lines += ["", "## Known problems", "", *(f"- {p}" for p in card.problems)]
     return "\n".join(lines) + "\n"
 
-# %% ../../nbs/1_data/04_sources.ipynb #6fa9b2d2
+# %% ../../nbs/1_data/04_sources.ipynb #30f1e17a
 class SourceError(ManifestError):
     "A download that lacks something or is not what its publisher describes; the message lists all of it."
 
@@ -76,15 +76,22 @@ def find_files(
     return found
 
 
-def _image_paths(folder: str | Path) -> list[Path]:
-    "Every image file below a folder, sorted; links to folders are followed, each folder is visited once. What a Mac packs into a zip is no image."
-    def refuse(e): raise SourceError(f"{e.filename}: the folder cannot be listed ({e.strerror}); check who may read it") from e
+def _walk_files(folder: str | Path, error: type[ValueError]) -> list[Path]:
+    "Every file below a folder; links to folders are followed, each folder is visited once. `error` for one that cannot be listed."
+    def refuse(e): raise error(f"{e.filename}: cannot be listed ({e.strerror}); check who may read it") from e
     seen, res = set(), []
     for top, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
-        if (real := os.path.realpath(top)) in seen or os.path.basename(top) == "__MACOSX": folders.clear(); continue
+        folders.sort()
+        if (real := os.path.realpath(top)) in seen: folders.clear(); continue
         seen.add(real)
-        res += [Path(top, f) for f in files if Path(f).suffix.lower() in _SUFFIXES and not f.startswith(".")]
-    return sorted(res)
+        res += [Path(top, f) for f in files]
+    return res
+
+
+def _image_paths(folder: str | Path) -> list[Path]:
+    "Every image file below a folder, sorted. What a Mac packs into a zip is no image."
+    paths = _walk_files(folder, SourceError)
+    return sorted(p for p in paths if p.suffix.lower() in _SUFFIXES and not p.name.startswith(".") and "__MACOSX" not in p.relative_to(folder).parts)
 
 
 def image_files(folder: str | Path) -> dict[str, Path]:  # file name -> path, in sorted order

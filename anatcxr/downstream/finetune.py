@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['FinetuneRun', 'finetune', 'finetune_main']
 
-# %% ../../nbs/6_downstream/03_finetune.ipynb #ba7ad923
+# %% ../../nbs/6_downstream/03_finetune.ipynb #e0991816
 import hashlib
 import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,7 +18,6 @@ import numpy as np
 import pandas as pd
 import torch
 import tyro
-from accelerate.state import PartialState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -33,7 +31,7 @@ from .classify_config import FINETUNE_PRESETS, FinetuneConfig
 from .classify_data import ClassifyData, class_metrics, classify_data, judge
 from ..train.config import ConfigError
 from ..train.optimise import clip_gradients, schedules
-from ..train.pretrain import Job, _accelerator, _tidy, addressed_torch, batches, checked, forward_backward, same_run
+from ..train.pretrain import Job, _accelerator, _tidy, addressed_torch, batches, checked, forward_backward, run_command, same_run
 from ..train.record import (
     Meter, Record, append_metrics, environment, load_checkpoint, peak_memory, read_metrics, read_record, save_checkpoint,
     split_stamp, stamp, state_hash, write_record)
@@ -255,19 +253,11 @@ def finetune(
     history = pd.DataFrame(read_metrics(folder / "metrics.jsonl"))
     return FinetuneRun(folder, classifier.eval(), folder / "record.json", history, pd.read_parquet(folder / "predictions.parquet"))
 
-# %% ../../nbs/6_downstream/03_finetune.ipynb #edbe5ff7
+# %% ../../nbs/6_downstream/03_finetune.ipynb #79807d43
 def finetune_main(args: list[str] | None = None):
     "Command line: `python -m anatcxr.downstream.finetune PRESET --setting value ...`"
     presets = {n: (f"settings {n}", FinetuneConfig.preset(n)) for n in FINETUNE_PRESETS}
-    try:
-        cfg = tyro.extras.overridable_config_cli(presets, args=args, prog="python -m anatcxr.downstream.finetune")
-        run = finetune(cfg)
-        if PartialState().is_main_process: print(run.record)
-    except (ValueError, RuntimeError) as e:
-        if not type(e).__module__.startswith("anatcxr."): raise  # a traceback would hide what our own errors say
-        sys.exit(f"{type(e).__name__}: {e}")
-    finally:
-        if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
+    run_command(lambda: finetune(tyro.extras.overridable_config_cli(presets, args=args, prog="python -m anatcxr.downstream.finetune")))
 
 
 if __name__ == "__main__" and __spec__:

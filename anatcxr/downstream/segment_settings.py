@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['SEGMENT_PRESETS', 'SegmentConfig']
 
-# %% ../../nbs/6_downstream/04_segment_settings.ipynb #3a82c8cc
+# %% ../../nbs/6_downstream/04_segment_settings.ipynb #c34fda6f
 from dataclasses import asdict, dataclass
 from typing import Literal
-from ..train.config import Config, ConfigError
+from ..train.config import Config, ConfigError, LoopConfig
 
-# %% ../../nbs/6_downstream/04_segment_settings.ipynb #2bdb9ddd
+# %% ../../nbs/6_downstream/04_segment_settings.ipynb #d3e6f511
 @dataclass(frozen=True)
 class SegmentConfig(Config):
     "Settings of a segmentation run; the defaults are a smoke run."
@@ -88,11 +88,7 @@ class SegmentConfig(Config):
         if name in SEGMENT_PRESETS: return cls.from_params(**SEGMENT_PRESETS[name] | other | params)
         raise ConfigError(cls.__name__, [f"preset {name!r}: expected one of {[*SEGMENT_PRESETS]}"])
 
-    def total_steps(self, per_epoch: int) -> int:
-        "Optimiser steps of the whole run; `ConfigError` if the warm-up does not end before it."
-        total = self.steps if self.steps is not None else self.epochs * per_epoch
-        if total > self.warmup: return total
-        raise ConfigError(type(self).__name__, [f"warmup={self.warmup}: longer than the {total} steps of the run; shorten it"])
+    total_steps = LoopConfig.total_steps
 
     def fixed(self) -> dict:
         "The settings that the numbers of a run depend on; data and first weights are compared by their hashes."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['addressed_torch', 'Job', 'forward_backward', 'NonFiniteLoss', 'checked', 'same_run', 'batches', 'Run', 'pretrain',
-           'main']
+           'run_command', 'main']
 
 # %% ../../nbs/5_train/02_pretrain.ipynb #439cdb9a
 import contextlib
@@ -275,18 +275,23 @@ def pretrain(
     method = acc.unwrap_model(model, keep_fp32_wrapper=False).eval()
     return Run(folder, method, folder / "record.json", pd.DataFrame(read_metrics(folder / "metrics.jsonl")))
 
-# %% ../../nbs/5_train/02_pretrain.ipynb #5a5891c7
-def main(args: list[str] | None = None):
-    "Command line: `python -m anatcxr.train.pretrain METHOD --setting value ...`"
-    cfg = tyro.extras.subcommand_cli_from_dict(PRETRAIN, args=args, prog="python -m anatcxr.train.pretrain")
+# %% ../../nbs/5_train/02_pretrain.ipynb #5477b6ec
+def run_command(run: Callable[[], NamedTuple]):
+    "Print the record of what `run` returns. An error of this package ends the process with one line; the process group ends in any case."
     try:
-        run = pretrain(cfg)
-        if PartialState().is_main_process: print(run.record)
+        done = run()
+        if PartialState().is_main_process: print(done.record)
     except (ValueError, RuntimeError) as e:
         if not type(e).__module__.startswith("anatcxr."): raise  # a traceback would hide what our own errors say
         sys.exit(f"{type(e).__name__}: {e}")
     finally:
         if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
+
+
+def main(args: list[str] | None = None):
+    "Command line: `python -m anatcxr.train.pretrain METHOD --setting value ...`"
+    cfg = tyro.extras.subcommand_cli_from_dict(PRETRAIN, args=args, prog="python -m anatcxr.train.pretrain")
+    run_command(lambda: pretrain(cfg))
 
 
 if __name__ == "__main__" and __spec__:
