@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SegmentRun', 'segment', 'predicted_masks']
 
-# %% ../../nbs/6_downstream/04_segment.ipynb #dd3f9251
+# %% ../../nbs/6_downstream/04_segment.ipynb #751df98e
 import math
 import os
 import time
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from ..data.loader import Loader
 from ..data.manifest import ChestXrays, unit
+from ..data.table import _is_store
 from .masked import MaskedXrays, apply_warp, position_mask, sample_warp
 from .metrics import bootstrap_ci
 from .segment_settings import SegmentConfig
@@ -87,7 +88,7 @@ class _Work:
     @property
     def finished(self) -> bool: return self.ended and (self.folder / "record.json").exists()
 
-# %% ../../nbs/6_downstream/04_segment.ipynb #c19f7ad3
+# %% ../../nbs/6_downstream/04_segment.ipynb #27278cd4
 def _device(cfg: SegmentConfig) -> torch.device:
     "The device that the settings name, one process on it."
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -100,13 +101,14 @@ def _device(cfg: SegmentConfig) -> torch.device:
 def _begin(cfg: SegmentConfig) -> _Work:
     "Data, network and optimiser of a run; all that can be refused is refused here."
     device = _device(cfg)
-    data = MaskedXrays(ChestXrays(cfg.data, cfg.size, cfg.rule, cfg.rows, raw=True, allow_leaks=cfg.allow_leaks), cfg.mask)
-    parts = {s: data.part(s) for s in ("train", "val", "test") if s != "val" or cfg.select == "best" or "val" in set(data.table.split)}
-    loader = Loader(parts["train"], cfg.batch_size, cfg.seed, workers=cfg.workers, pin_memory=device.type == "cuda")
-    total = cfg.total_steps(loader.steps_per_epoch)
     with addressed_torch(cfg.seed, 0, "segment weights"):
         encoder, preprocess = initial_encoder(cfg.init, cfg.backbone, cfg.size, rule=cfg.rule, drop_path=cfg.drop_path)
         model = Segmenter(encoder, cfg.head, cfg.channels, cfg.aux > 0).to(device)
+    rule = None if _is_store(cfg.data) else preprocess.rule
+    data = MaskedXrays(ChestXrays(cfg.data, cfg.size, rule, cfg.rows, raw=True, allow_leaks=cfg.allow_leaks), cfg.mask)
+    parts = {s: data.part(s) for s in ("train", "val", "test") if s != "val" or cfg.select == "best" or "val" in set(data.table.split)}
+    loader = Loader(parts["train"], cfg.batch_size, cfg.seed, workers=cfg.workers, pin_memory=device.type == "cuda")
+    total = cfg.total_steps(loader.steps_per_epoch)
     if cfg.mean is not None: preprocess = replace(preprocess, mean=cfg.mean, std=cfg.std)
     optimizer = torch.optim.AdamW(model.param_groups(cfg.weight_decay, cfg.layer_decay), lr=cfg.lr)
     data_hash = f"images and masks {data.fingerprint}, first weights {state_hash(encoder.state_dict())[:16]}"

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 from ..train.config import Config, ConfigError, LoopConfig
 
-# %% ../../nbs/6_downstream/04_segment_settings.ipynb #d3e6f511
+# %% ../../nbs/6_downstream/04_segment_settings.ipynb #ce1b634f
 @dataclass(frozen=True)
 class SegmentConfig(Config):
     "Settings of a segmentation run; the defaults are a smoke run."
@@ -21,7 +21,7 @@ class SegmentConfig(Config):
     init: str = "scratch"          # initial weights, as for `initial_encoder`: "run:FOLDER", "peac=FILE", "imagenet", ...
     backbone: str = "micro_swin"   # a micro model or timm's name of a ViT or Swin, the one that `init` is of
     size: int = 96                 # side of the images, pixels
-    rule: Literal["crop", "squash"] = "crop"  # how an image becomes square; a store has its own
+    rule: Literal["crop", "squash"] | None = None  # how an image becomes square; None: as the weights want it; a store has its own
     mean: float | None = None      # of normalisation, with std; None: as the encoder was pretrained
     std: float | None = None       # of normalisation
     head: Literal["upernet", "linear"] = "upernet"  # decoder
