@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['GridError', 'GridParams', 'sample_grid', 'grid_corners', 'apply_grid', 'overlap_masks']
 
-# %% ../../nbs/2_views/01_grid_matching.ipynb #44df8431
+# %% ../../nbs/2_views/01_grid_matching.ipynb #49020ca3
 from dataclasses import dataclass
 import torch
 from torch import Tensor
 from ..data.rng import uniform, integers
 
-# %% ../../nbs/2_views/01_grid_matching.ipynb #5255049f
+# %% ../../nbs/2_views/01_grid_matching.ipynb #6526f339
 class GridError(ValueError):
     "A grid that cannot be cut from the image, or masks that do not exist."
 
@@ -25,6 +25,7 @@ class GridParams:
     n: int           # patches per side of I′
     m: int           # pixels per side of a patch
     k: int           # patches per side of a crop
+    jitter: Tensor | None = None  # (B,2) int64, pixels by which crop 2 is moved off the grid; None in PEAC
 
     def __post_init__(self):
         if min(self.n, self.m, self.k) < 1:
@@ -33,7 +34,7 @@ class GridParams:
             raise GridError(f"a crop of k={self.k} patches is larger than its image I″ of n-1={self.n - 1} patches: "
                             f"choose k <= {self.n - 1}, or n >= {self.k + 1}")
 
-# %% ../../nbs/2_views/01_grid_matching.ipynb #22a147d3
+# %% ../../nbs/2_views/01_grid_matching.ipynb #51b72d3b
 def sample_grid(
     seed: int,    # of the run
     epoch: int,   # or step
@@ -41,18 +42,22 @@ def sample_grid(
     n: int = 19,  # patches per side of I′
     m: int = 32,  # pixels per side of a patch
     k: int = 14,  # patches per side of a crop
+    aligned: bool = True,  # False: crop 2 lies anywhere, as where blocks are matched (PEAC, section 4.3)
 ) -> GridParams:
     "Random shift and offsets of each sample's two crops (PEAC, section 3.1)."
     u = uniform(seed, epoch, ids, "grid", 6)  # (B,6)
+    jitter = None if aligned else integers(uniform(seed, epoch, ids, "off the grid", 2), 0, m)
     return GridParams(integers(u[:, :2], 0, m), integers(u[:, 2:4], 0, max(n - k, 1)),
-                      integers(u[:, 4:], 0, max(n - k, 1)), n, m, k)
+                      integers(u[:, 4:], 0, max(n - k, 1)), n, m, k, jitter)
 
-# %% ../../nbs/2_views/01_grid_matching.ipynb #48420d8e
+# %% ../../nbs/2_views/01_grid_matching.ipynb #2da37b61
 def grid_corners(params: GridParams) -> tuple[Tensor, Tensor]:  # two (B,2) int64
     "Top left (row, col) of both crops, in pixels of I′."
-    return params.shift + params.m * params.offset1, params.shift + params.m * params.offset2
+    one, two = params.shift + params.m * params.offset1, params.shift + params.m * params.offset2
+    if params.jitter is not None: two = (two + params.jitter).clamp(max=(params.n - params.k) * params.m)
+    return one, two
 
-# %% ../../nbs/2_views/01_grid_matching.ipynb #713a3aca
+# %% ../../nbs/2_views/01_grid_matching.ipynb #d7f50079
 def _windows(images: Tensor, corner: Tensor, s: int) -> Tensor:  # (B,C,H,W), (B,2) -> (B,C,s,s)
     "The s×s window at each sample's corner."
     view = images.unfold(2, s, 1).unfold(3, s, 1)
@@ -71,7 +76,7 @@ def apply_grid(
                         f"{params.n}·{params.m} pixels a side; resize them to {size} or choose another n or m")
     return tuple(_windows(images, c.to(images.device), params.k * params.m) for c in grid_corners(params))
 
-# %% ../../nbs/2_views/01_grid_matching.ipynb #d068f135
+# %% ../../nbs/2_views/01_grid_matching.ipynb #f28f19f4
 def overlap_masks(
     params: GridParams,           # of B samples
     grid_match: str = "correct",  # "correct" or "released_swapped" (rows and columns exchanged)
