@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['SCALE_SETTINGS', 'ENCODERS', 'Encoder', 'encoder_name', 'pretraining', 'Target', 'target_task', 'targets_of',
-           'grid_tasks', 'grid_cells']
+           'grid_tasks', 'grid_cells', 'DownstreamConfig']
 
-# %% ../../nbs/8_reproduce/05_grid.ipynb #ff161579
+# %% ../../nbs/8_reproduce/05_grid.ipynb #c10e203d
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 from ..data.manifest import ChestXrays
 from .cells import Cell, cell
 from .runs import Task, TaskError, task_folders
-from ..train.config import MICRO_AFIRE, SMALL_AFIRE
+from ..train.config import MICRO_AFIRE, SMALL_AFIRE, Config
 
 # %% ../../nbs/8_reproduce/05_grid.ipynb #111c1a33
 _PEAC = dict(n=10, m=16, k=7, mlp_global="256-256-256", mlp_local="256-256-256", drop_path=0., ema_base=.99, batch_size=32)
@@ -147,3 +148,35 @@ def grid_cells(
             runs = [folders[target_task(t, e, scale, seed).name] for seed in range(seeds)]
             if all((f / "record.json").is_file() for f in runs): found.setdefault(e.name, {})[t.name] = cell(runs, t.metric, n)
     return found
+
+# %% ../../nbs/8_reproduce/05_grid.ipynb #63c2e4f6
+@dataclass(frozen=True)
+class DownstreamConfig(Config):
+    "Settings of `results/downstream`."
+    data: str = "phantom:300"  # phantom:N, a manifest (CSV or Parquet) or a packed folder
+    out: str = "."             # folder for stores, runs and results
+    encoders: str = "untrained ViT; PEAC ViT; AFiRe ViT; untrained Swin; PEAC Swin"  # names of `ENCODERS`, with semicolons between
+    few_labels: str = ""       # sources of which 1 and 10 % of the labels are tried as well, with semicolons between
+    seeds: int = 3             # of everything: weights, order, views
+    scale: Literal["smoke", "small"] = "smoke"  # micro networks at 112 px, or ViT-S and Swin-T at 224 px
+    pretrain_steps: int = 0   # optimiser steps of pretraining; 0: those of the scale
+    finetune_epochs: int = 0  # passes of fine-tuning; 0: those of the scale
+    segment_steps: int = 0    # optimiser steps of segmentation; 0: those of the scale
+    minutes: float = 0.        # after which it stops, to be continued; 0: until all is done
+    allow_leaks: bool = False  # accept patients or images in more than one split; the records say so
+
+    RULES = (
+        *((n, lambda c, n=n: getattr(c, n) >= 0, "must not be negative")
+          for n in ("pretrain_steps", "finetune_epochs", "segment_steps", "minutes")),
+        ("seeds", lambda c: c.seeds > 0, "must be above 0"),
+        ("encoders", lambda c: all(e.strip() in ENCODERS for e in c.encoders.split(";")), f"expected some of {[*ENCODERS]}"),
+    )
+
+    def chosen(self) -> list[Encoder]:
+        "The encoders, in order."
+        return [ENCODERS[e.strip()] for e in self.encoders.split(";")]
+
+    def changes(self) -> dict[str, dict]:
+        "What is changed in the settings of the scale."
+        own = {"pretrain": dict(steps=self.pretrain_steps), "finetune": dict(epochs=self.finetune_epochs), "segment": dict(steps=self.segment_steps)}
+        return {kind: {k: v for k, v in s.items() if v} for kind, s in own.items()}
