@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['EMATeacher', 'cosine_schedule', 'scaled_std', 'effective_rank', 'slot_share', 'linear_r2']
 
-# %% ../../nbs/3_models/02_ema_teacher.ipynb #0f3fce15
+# %% ../../nbs/3_models/02_ema_teacher.ipynb #4c00b180
 import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from timm.utils import ModelEmaV3
 
-# %% ../../nbs/3_models/02_ema_teacher.ipynb #3118ac73
+# %% ../../nbs/3_models/02_ema_teacher.ipynb #11377d27
 class EMATeacher(ModelEmaV3):
     "Exponential moving average of a module: no gradients, always in evaluation mode."
     def __init__(self,
@@ -37,7 +37,7 @@ class EMATeacher(ModelEmaV3):
         "The teacher's own forward pass, without gradients."
         return self.module(*args, **kw)
 
-# %% ../../nbs/3_models/02_ema_teacher.ipynb #3f161928
+# %% ../../nbs/3_models/02_ema_teacher.ipynb #e9ee1ca1
 def cosine_schedule(
     progress: float,           # share of the run that is done, in [0,1]
     start: float,              # value after the warm-up
@@ -50,25 +50,25 @@ def cosine_schedule(
     t = min((progress - warmup) / max(1 - warmup, 1e-12), 1.)
     return end + (start - end) * (1 + math.cos(math.pi * t)) / 2
 
-# %% ../../nbs/3_models/02_ema_teacher.ipynb #730258c2
+# %% ../../nbs/3_models/02_ema_teacher.ipynb #401ddc81
 def scaled_std(x: Tensor) -> Tensor:  # (N,D) -> scalar
     "Mean standard deviation of the l2-normalised rows times the root of D: 1 spread evenly, 0 collapsed."
     return F.normalize(x, dim=-1).std(0).mean() * x.shape[1] ** .5
 
-# %% ../../nbs/3_models/02_ema_teacher.ipynb #cea573e0
+# %% ../../nbs/3_models/02_ema_teacher.ipynb #721e50a9
 def effective_rank(x: Tensor) -> Tensor:  # (N,D) -> scalar
     "exp of the entropy of the singular values of the centred rows, between 1 and min(N,D); 0 when all rows are equal."
     s = torch.linalg.svdvals((x - x.mean(0)).float())
     p = s / s.sum().clamp_min(1e-12)
     return torch.where(s.sum() > 1e-12, torch.special.entr(p).sum().exp(), 0.)
 
-# %% ../../nbs/3_models/02_ema_teacher.ipynb #4d59cd01
+# %% ../../nbs/3_models/02_ema_teacher.ipynb #c1c061f2
 def slot_share(tokens: Tensor) -> Tensor:  # (B,L,D) -> scalar in [0,1]
     "Variance of the slots' means over the images, divided by the total variance of the tokens."
     mean = tokens.mean((0, 1))
     return (tokens.mean(0) - mean).square().sum(-1).mean() / (tokens - mean).square().sum(-1).mean().clamp_min(1e-12)
 
-# %% ../../nbs/3_models/02_ema_teacher.ipynb #3a37383e
+# %% ../../nbs/3_models/02_ema_teacher.ipynb #a25aa3ff
 def linear_r2(x: Tensor, y: Tensor) -> Tensor:  # x (N,D), y (N,) -> scalar
     "R² on the second half of the rows of a least-squares fit (with intercept) to the first half; meaningless where `y` is constant."
     x, y = torch.cat([x, torch.ones_like(x[:, :1])], 1).double().cpu(), y.double().cpu()[:, None]
