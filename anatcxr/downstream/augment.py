@@ -7,12 +7,12 @@ __all__ = ['AugmentError', 'AugmentParams', 'sample_augment', 'apply_augment', '
 
 # %% ../../nbs/6_downstream/03_augment.ipynb #b2385f4c
 from dataclasses import dataclass
-import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.functional import center_crop, ten_crop
 from ..data.rng import uniform
+from ..views.crops import crop_boxes
 
 # %% ../../nbs/6_downstream/03_augment.ipynb #8a11dd12
 class AugmentError(ValueError):
@@ -40,12 +40,7 @@ def sample_augment(
         raise AugmentError(f"scale={scale}, flip={flip}, rotate={rotate}: expected 0 < least <= largest <= 1 as shares of the area, "
                            "a probability, and an angle of 0 to 90 degrees")
     u = uniform(seed, epoch, ids, "augment", 24)
-    area, ratio = scale[0] + (scale[1] - scale[0]) * u[:, :10], torch.exp(math.log(3 / 4) + math.log(16 / 9) * u[:, 10:20])
-    tries = torch.stack([area * ratio, area / ratio], -1).sqrt()  # (B,10,2) width, height
-    fits = (tries <= 1).all(-1)
-    side = tries[torch.arange(len(u), device=u.device), fits.int().argmax(1)]  # the first that fits
-    side = torch.where(fits.any(1, keepdim=True), side, 1.)
-    return AugmentParams(torch.cat([side / 2 + (1 - side) * u[:, 20:22], side], 1), u[:, 22] < flip, (2 * u[:, 23] - 1) * rotate)
+    return AugmentParams(crop_boxes(u[:, :22], scale), u[:, 22] < flip, (2 * u[:, 23] - 1) * rotate)
 
 # %% ../../nbs/6_downstream/03_augment.ipynb #ace06123
 def apply_augment(

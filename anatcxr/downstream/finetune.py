@@ -10,6 +10,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -33,8 +34,8 @@ from ..train.config import ConfigError
 from ..train.optimise import clip_gradients, schedules
 from ..train.pretrain import Job, _accelerator, _tidy, addressed_torch, batches, checked, forward_backward, run_command, same_run
 from ..train.record import (
-    Meter, Record, append_metrics, environment, load_checkpoint, peak_memory, read_metrics, read_record, save_checkpoint,
-    split_stamp, stamp, state_hash, write_record)
+    Meter, Record, append_metrics, environment, export_encoder, load_checkpoint, peak_memory, read_metrics, read_record,
+    save_checkpoint, split_stamp, stamp, start_method, state_hash, write_record)
 
 # %% ../../nbs/6_downstream/03_finetune.ipynb #1ee2f0ab
 def _to_side(images: Tensor, side: int) -> Tensor:  # (B,1,H,H) -> (B,1,side,side)
@@ -172,13 +173,21 @@ def _report(cfg: FinetuneConfig, names: tuple[str, ...], table: pd.DataFrame, y:
     return res
 
 
+def _export(folder: Path, net: Classifier, about: dict):
+    "The encoder as runs of pretraining leave theirs: what has learnt is a student."
+    encoder = deepcopy(net.encoder)
+    encoder.model.reset_classifier(0, "")
+    export_encoder(folder / "encoder_student.safetensors", encoder, net.preprocess, {"backbone": encoder.name, **about})
+
+
 def _finish(job: Job, data: ClassifyData, state: _State, about: dict):
-    "Predictions and record of the best weights."
+    "Encoder, predictions and record of the best weights."
     cfg, net = job.cfg, job.method.classifier
     net.load_state_dict(state.best)
     rows = data.rows("val", "test")
     p = class_probabilities(_logits(job, data.part("val", "test"), cfg.tta == "ten_crop"), cfg.task, cfg.average)
     if not job.acc.is_main_process: return
+    _export(job.folder, net, {"start": about["start"], "task": cfg.task, "outputs": list(data.names)})
     table, y = data.table.iloc[rows].reset_index(drop=True), data.y[rows]
     columns = [f"{k}_{n}" for k in "yp" for n in data.names]
     predictions = table[["id", "patient", "split"]].join(pd.DataFrame(np.concatenate([y, p], 1), columns=columns))
@@ -195,24 +204,16 @@ def _finish(job: Job, data: ClassifyData, state: _State, about: dict):
 # %% ../../nbs/6_downstream/03_finetune.ipynb #9b5446ca
 class FinetuneRun(NamedTuple):
     "What `finetune` returns."
-    folder: Path              # checkpoint.pt, metrics.jsonl, predictions.parquet, record.json
+    folder: Path              # checkpoint.pt, encoder_student.safetensors, metrics.jsonl, predictions.parquet, record.json
     model: Classifier         # with the best weights
     record: Path              # the run record
     history: pd.DataFrame     # metrics.jsonl
     predictions: pd.DataFrame  # id, patient, split, y_..., p_... of val and test rows
 
 
-def _start_name(init: str) -> str:
-    "The method that the first weights are of."
-    path = Path(init.removeprefix("run:"))
-    if not path.exists(): return init.removeprefix("official:").partition("=")[0]
-    record = (path if path.is_dir() else path.parent) / "record.json"
-    return read_record(record).method if record.is_file() else path.stem
-
-
 def _reported(folder: Path, cfg: FinetuneConfig) -> bool:
     "Whether the record is of this way to test."
-    if not (folder / "record.json").exists(): return False
+    if not all((folder / f).exists() for f in ("record.json", "encoder_student.safetensors")): return False
     settings = (r := read_record(folder)).flags | r.settings
     return all(settings.get(k) == getattr(cfg, k) for k in ("tta", "average", "bootstrap"))
 
@@ -247,7 +248,7 @@ def finetune(
             (folder / "predictions.parquet").unlink(missing_ok=True)
         acc.wait_for_everyone()
         if not _over(job, state): _loop(job, loader, data, state, on_step)
-        _finish(job, data, state, {"start": _start_name(cfg.init), "start_hash": start})
+        _finish(job, data, state, {"start": start_method(cfg.init), "start_hash": start})
         acc.wait_for_everyone()
     classifier.load_state_dict(state.best)
     history = pd.DataFrame(read_metrics(folder / "metrics.jsonl"))

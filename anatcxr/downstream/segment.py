@@ -32,7 +32,7 @@ from ..train.config import ConfigError
 from ..train.pretrain import NonFiniteLoss, addressed_torch, same_run
 from ..train.record import (
     Meter, Record, RecordError, append_metrics, atomic_file, environment, export_encoder, load_checkpoint, peak_memory,
-    read_metrics, read_record, resume_metrics, save_checkpoint, split_stamp, stamp, state_hash, write_record)
+    read_metrics, resume_metrics, save_checkpoint, split_stamp, stamp, start_method, state_hash, write_record)
 
 # %% ../../nbs/6_downstream/04_segment.ipynb #d99adbcf
 def _cases(found: Tensor, target: Tensor) -> pd.DataFrame:  # (B,1,S,S) bool -> both, found, true, dice, iou
@@ -218,13 +218,6 @@ def _summary(work: _Work, cases: pd.DataFrame, split: str, position: Tensor) -> 
     return {f"{split}/{k}": None if isinstance(v, float) and math.isnan(v) else v for k, v in res.items()}
 
 
-def _method(init: str) -> str:
-    "The method that the first weights are of."
-    if not init.startswith("run:"): return init.removeprefix("official:").partition("=")[0]
-    folder = p if (p := Path(init[4:])).is_dir() else p.parent
-    return read_record(folder).method if (folder / "record.json").is_file() else "run"
-
-
 def _finish(work: _Work):
     "Write what the run was for."
     cfg, model, folder = work.cfg, work.model, work.folder
@@ -239,7 +232,7 @@ def _finish(work: _Work):
         with atomic_file(folder / "masks.npz") as tmp, open(tmp, "wb") as f:
             np.savez(f, id=cases.id.to_numpy(str), bits=np.concatenate([b for _, b in found.values()]), size=cfg.size)
     write_record(folder, Record(
-        kind="segment", method=_method(cfg.init), scale=cfg.scale, seed=cfg.seed, data=cfg.data, data_hash=work.data_hash,
+        kind="segment", method=start_method(cfg.init), scale=cfg.scale, seed=cfg.seed, data=cfg.data, data_hash=work.data_hash,
         split_hash=split_stamp(pd.concat([p.table for p in work.parts.values()])), preprocessing_hash=stamp(asdict(work.preprocess)),
         weights_hash=state_hash(model.state_dict()), flags={"mask": cfg.mask}, settings=asdict(cfg), metrics=metrics, seconds=round(work.seconds, 2),
         images_per_s=round(work.step * cfg.batch_size / max(work.seconds, 1e-9), 2), memory_gib=round(peak_memory(work.device), 3),

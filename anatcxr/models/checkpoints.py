@@ -13,9 +13,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from math import isqrt
 from pathlib import Path
-import numpy as np
-import timm
-import torch
+import numpy as np, timm, torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import load_state_dict, load_state_dict_from_hf
 from timm.models.swin_transformer import SwinTransformer
@@ -45,9 +43,9 @@ class Initialisation:
 
 
 _VIT, _SWIN, _BEIT = "vit_base_patch16_224", "swin_base_patch4_window7_224", "beit_base_patch16_224"
-_RGB = Preprocess(224, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
+_RGB, _HALF = Preprocess(224, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD), Preprocess(224, mean=(.5,) * 3, std=(.5,) * 3)
 _BUFFERS = {r"{}.*(relative_position_index|attn_mask)": "buffers, computed from window and image size"}
-_HEAD = _BUFFERS | {r"{}head\..*": "classifier"}
+_HEAD = _BUFFERS | {r"{}(head|fc)\..*": "classifier"}
 
 INITIALISATIONS = {
     "scratch": Initialisation("random numbers", "", Preprocess(224)),
@@ -60,8 +58,8 @@ INITIALISATIONS = {
     "imagenet21k": Initialisation("ImageNet-21k, labels", _VIT, _RGB, dropped=_HEAD, tags={_VIT: "augreg_in21k", _SWIN: "ms_in22k"}),
     "dino": Initialisation("DINO (ImageNet-1k)", _VIT, _RGB, "teacher", ("backbone.", ""), {r"head\..*": "head"}, {_VIT: "dino"}),
     "mae": Initialisation("MAE (ImageNet-1k)", _VIT, _RGB, dropped={r"decoder_.*|mask_token": "decoder"}, tags={_VIT: "mae"}),
-    "beit": Initialisation("BEiT (ImageNet-21k), then its labels", _BEIT, _RGB, dropped=_HEAD, tags={_BEIT: "in22k_ft_in22k"}),
-    "moco_v3": Initialisation("MoCo v3 (ImageNet-1k)", _VIT, _RGB, "state_dict", ("base_encoder.",), {r"{}head\..*": "head", r"(?!{}).*": "the rest"}),
+    "beit": Initialisation("BEiT (ImageNet-21k), then its labels", _BEIT, _HALF, dropped=_HEAD, tags={_BEIT: "in22k_ft_in22k"}),
+    "moco_v3": Initialisation("MoCo v3 (ImageNet-1k)", _VIT, _RGB, "state_dict", ("base_encoder.",), {r"{}(head|fc)\..*": "head", r"(?!{}).*": "the rest"}),
     "simmim": Initialisation("SimMIM (ImageNet-1k)", _SWIN, _RGB, "model", ("encoder.",), _BUFFERS | {r"{}mask_token|decoder\..*": "restoration"}),
 }
 
@@ -87,7 +85,7 @@ def _spec(kind: str) -> Initialisation:
 def _sorted_out(state: dict, spec: Initialisation) -> tuple[dict, dict[str, str], list[str]]:
     "The encoder's tensors in timm's names, what is left out and why, and names that are neither."
     state, inside, left, unknown = {k.removeprefix("module."): v for k, v in state.items()}, {}, {}, []
-    prefix = next((p for p in spec.prefixes if p + "patch_embed.proj.weight" in state), spec.prefixes[0])
+    prefix = next((p for p in spec.prefixes if {p + "patch_embed.proj.weight", p + "conv1.weight"} & state.keys()), spec.prefixes[0])
     for k, v in state.items():
         why = next((w for p, w in spec.dropped.items() if re.fullmatch(p.format(re.escape(prefix)), k)), None)
         if why: left[k] = why
@@ -155,9 +153,9 @@ def _entry(content: dict, name: str, path) -> tuple[str, dict[str, Tensor]]:
 _SIGNS = {  # what a file is -> names that all occur in it; the first match counts
     "peac": (r"swin_model\.layers\.0\.",), "peac-3": (r"vit_model\.blocks\.0\.",), "afire": (r"encoder\.blocks\.0\.", r"head\.last_layers\.0\."),
     "moco_v3": (r"base_encoder\.",), "simmim": (r"encoder\.mask_token",), "mae": (r"decoder_blocks\.0\.",),
-    "dino": (r"backbone\.blocks\.0\.", r"head\.last_layer\."), "a training checkpoint of this package": (r"(student\.)?backbone\.model\.",),
-    "an encoder exported by this package": (r"model\.(blocks|layers)\.0\.",), "a ViT alone": (r"blocks\.0\.",),
-    "a Swin alone": (r"layers\.0\.blocks\.0\.",), "a ResNet": (r"(.*\.)?layer1\.0\.",),
+    "dino": (r"backbone\.(blocks|layer1)\.0\.", r"head\.last_layer\."), "a training checkpoint of this package": (r"(student\.)?backbone\.model\.",),
+    "an encoder exported by this package": (r"model\.(blocks|layers|layer1)\.0\.",), "a ViT alone": (r"blocks\.0\.",),
+    "a Swin alone": (r"layers\.0\.blocks\.0\.",), "a ResNet alone": (r"layer1\.0\.",), "a ResNet inside of something else": (r".*\.layer1\.0\.",),
 }
 
 
@@ -179,8 +177,8 @@ def _adapted(model: nn.Module, state: dict, what: str) -> dict:
 
 def _load(model: nn.Module, state: dict, what: str, unknown: list[str] = (), hint: str = ""):
     "All tensors of the model from the state, or `CheckpointMismatch` before one of them is touched."
-    need, free = model.state_dict(), ("pos_embed", "relative_position_bias_table")  # `_adapted` changes the length of these
-    size = lambda k, v: tuple(v.shape)[-1:] if k.endswith(free) else tuple(v.shape)
+    need = {k: v for k, v in model.state_dict().items() if k in state or not k.endswith("num_batches_tracked")}  # old files have no such counters
+    size = lambda k, v: tuple(v.shape)[-1:] if k.endswith(("pos_embed", "relative_position_bias_table")) else tuple(v.shape)  # `_adapted` changes these
     lists = {f"of {len(need)} tensors missing": [k for k in need if k not in state], "unknown": [*(k for k in state if k not in need), *unknown],
              "of another shape": [f"{k} {tuple(state[k].shape)} instead of {tuple(v.shape)}" for k, v in need.items()
                                   if k in state and size(k, state[k]) != size(k, v)]}
@@ -239,7 +237,9 @@ def _from_run(path: str, backbone: str | None, img_size: int | None, kw: dict) -
     "What a run has exported; the header of safetensors is its length and JSON."
     file = Path(path)
     try:
-        if file.is_dir(): file /= f"encoder_{_spec(json.loads((file / 'record.json').read_text())['method']).entry}.safetensors"
+        if file.is_dir():
+            run = json.loads((file / "record.json").read_text())  # its authors take student or teacher; labels, and restoration alone, have no teacher
+            file /= f"encoder_{'teacher' if run['method'] in ('afire', 'peer-dino') and run.get('kind') != 'finetune' and run['flags'].get('arms') != 'r' else 'student'}.safetensors"
         with open(file, "rb") as f: about = json.loads(json.loads(f.read(min(int.from_bytes(f.read(8), "little"), 1 << 27)))["__metadata__"]["anatcxr"])
         name, how = about["settings"]["backbone"], {k: tuple(v) if isinstance(v, list) else v for k, v in about["preprocess"].items()}
     except (OSError, ValueError, KeyError, TypeError) as e:

@@ -234,7 +234,7 @@ def _finish(job: Job, data: ChestXrays, seconds: float):
         export_encoder(job.folder / f"encoder_{which}.safetensors", method.encoder(which), method.preprocess, flags)
     last = (read_metrics(job.folder / "metrics.jsonl") or [{}])[-1]
     write_record(job.folder, Record(
-        kind="pretrain", method=type(cfg).__name__.removeprefix("Pretrain").lower(), variant=flags.get("variant"),
+        kind="pretrain", method=cfg.method_name(), variant=flags.get("variant"),
         scale=cfg.scale, seed=cfg.seed, data=cfg.data, data_hash=data.fingerprint, split_hash=split_stamp(data.table),
         preprocessing_hash=stamp(asdict(method.preprocess)), weights_hash=state_hash(method.state_dict()),
         flags=flags, settings={k: v for k, v in asdict(cfg).items() if k not in flags},

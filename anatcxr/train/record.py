@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['atomic_file', 'RecordError', 'stamp', 'split_stamp', 'state_hash', 'environment', 'peak_memory', 'append_metrics',
            'read_metrics', 'resume_metrics', 'Meter', 'CheckpointError', 'save_checkpoint', 'load_checkpoint',
-           'export_encoder', 'load_encoder', 'Record', 'write_record', 'read_record']
+           'export_encoder', 'load_encoder', 'Record', 'write_record', 'read_record', 'start_method']
 
 # %% ../../nbs/5_train/00_record.ipynb #0e6323f5
 import contextlib
@@ -100,7 +100,7 @@ def _feed(h, name: str, x):
     else: h.update(f"{name} {x!r}\n".encode())
 
 # %% ../../nbs/5_train/00_record.ipynb #f334a92f
-_PACKAGES = ("anatcxr", "torch", "torchvision", "timm", "numpy", "pandas", "accelerate")
+_PACKAGES = ("anatcxr", "torch", "torchvision", "timm", "numpy", "pandas", "accelerate", "lightly")
 
 
 def _version(package: str) -> str | None:
@@ -278,3 +278,16 @@ def read_record(path: str | Path) -> Record:  # the file, or its folder
     needed = {f.name for f in fields(Record)[:8]}
     if isinstance(content, dict) and needed <= set(content) <= names: return Record(**content)
     raise RecordError(f"{path}: not a run record; expected at least {sorted(needed)} and nothing beyond {sorted(names)}.")
+
+# %% ../../nbs/5_train/00_record.ipynb #b819f0df
+def start_method(
+    init: str,  # as for `initial_encoder`, or a run's folder or file
+) -> str:
+    "The method that first weights are of: as their run's record has it, 'supervised' where that run learnt from labels; else the word that names them."
+    path, form = Path(init.removeprefix("run:")), init.partition(":")[0]
+    if not (form == "run" or path.exists() and (len(path.parts) > 1 or path.suffix)): return init.removeprefix("official:").partition("=")[0]
+    folder = path if path.is_dir() else path.parent
+    if not (folder / "record.json").is_file(): return path.stem
+    run = read_record(folder)
+    if run.kind != "finetune": return run.method
+    return "supervised" if run.method == "scratch" else f"{run.method}+supervised"
