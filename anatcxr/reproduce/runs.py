@@ -65,7 +65,7 @@ def _config(task: Task, settings: dict):
     cls = _kind(task.kind)[0]
     return cls.preset(task.preset, **settings) if task.preset else cls.from_params(**settings)
 
-# %% ../../nbs/8_reproduce/03_runs.ipynb #da6e6690
+# %% ../../nbs/8_reproduce/03_runs.ipynb #3837d796
 _FREE = {"device", "workers", "resume", "save_every", "log_every", "progress"}  # numbers do not depend on these
 
 
@@ -95,7 +95,9 @@ def task_folders(tasks: Sequence[Task], out: str | Path) -> dict[str, Path]:
 def _resolved(task: Task, folders: dict[str, Path]) -> dict:
     "The settings with folders for names."
     put = lambda v: "".join([v.partition("@")[0], str(folders[v.partition("@")[2]])]) if isinstance(v, str) and "@" in v else v
-    return {k: put(v) for k, v in task.settings.items()} | ({} if task.kind == "pack" else {"out": str(folders[task.name])})
+    own = {} if task.kind == "pack" else {"out": str(folders[task.name])}
+    if task.kind == "probe": own["cache"] = str(folders[task.name].parent / "features")  # which probes share
+    return {k: put(v) for k, v in task.settings.items()} | own
 
 
 def _done(task: Task, folder: Path) -> bool: return (folder / ("meta.json" if task.kind == "pack" else "record.json")).is_file()
