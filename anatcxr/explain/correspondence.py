@@ -209,6 +209,13 @@ def summarise(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/7_explain/01_correspondence.ipynb #f1ffbc6c
+def _controls(maps: TokenMaps, grey: TokenMaps) -> dict[str, tuple[TokenMaps, TokenMaps]]:
+    "From the features of N images and those of one blank image."
+    mean, n = maps.slot_mean(), len(maps.maps[0])
+    blank = replace(grey, maps=tuple(m.expand(n, -1, -1, -1) for m in grey.maps))
+    return {"slot mean": (mean, maps), "slot means": (mean, mean), "blank": (blank, maps)}
+
+
 def control_features(
     encoder,                                # as for `describe`
     landmarks: LandmarkSet,
@@ -217,10 +224,7 @@ def control_features(
     blocks: str | Sequence[int] = "all",    # the blocks that `maps` has
 ) -> dict[str, tuple[TokenMaps, TokenMaps]]:  # for `landmark_errors`: ask with the first, look in the second
     "`slot mean` and `blank` ask each image's own features without having seen patient A; `slot means` looks in means as well."
-    mean, n = maps.slot_mean(), len(landmarks)
-    grey = describe(encoder, torch.full_like(landmarks.images[:1], .5), normalise, blocks)
-    blank = replace(grey, maps=tuple(m.expand(n, -1, -1, -1) for m in grey.maps))
-    return {"slot mean": (mean, maps), "slot means": (mean, mean), "blank": (blank, maps)}
+    return _controls(maps, describe(encoder, torch.full_like(landmarks.images[:1], .5), normalise, blocks))
 
 # %% ../../nbs/7_explain/01_correspondence.ipynb #67011a8a
 def shift_response(

@@ -58,7 +58,7 @@ def _candidates(dataset, seed: int) -> list[int]:
     has = table.landmarks.fillna("").astype(str).str.len() > 0
     sources = table.source[has].dropna().unique()
     if len(sources) > 1:
-        raise LandmarkError(f"landmarks of {len(sources)} sources ({', '.join(sources[:4])}): they number different structures; "
+        raise LandmarkError(f"landmarks of {len(sources)} sources ({', '.join(sources[:4])}): they need not number the same structures; "
                             "choose one, for example ChestXrays(..., rows=\"source == 'jsrt'\")")
     order = uniform(seed, 0, dataset.ids, "landmark set", 1)[:, 0].numpy()
     return table[has].assign(order=order[has.values]).sort_values("order").drop_duplicates("patient").index.tolist()
