@@ -125,7 +125,7 @@ def _where(cfg: AnomalyConfig, target: _Target, norm: Normality, reading: Readin
     return pixel_metrics({k: m[rows] for k, m in found.items()}, masks, patients, cfg.bootstrap, cfg.seed)
 
 
-def _report(cfg: AnomalyConfig, method: nn.Module, target: _Target, acc, data_hash: str, start: str, train: dict):
+def _report(cfg: AnomalyConfig, method: nn.Module, target: _Target, acc, hashes: dict[str, str], start: str, train: dict):
     "Scores of every held image, and the record."
     began, main, device = time.perf_counter(), cfg.score or ANOMALY_METHODS[cfg.method], acc.device
     norm, reading = _judged(cfg, method, target, device)
@@ -142,8 +142,7 @@ def _report(cfg: AnomalyConfig, method: nn.Module, target: _Target, acc, data_ha
     flags |= dict(score=main, start=start_method(cfg.init), start_hash=start, normal_images=len(target.normal), rows=rows)
     if acc.is_main_process: write_record(Path(cfg.out), Record(
         kind="anomaly", method=cfg.method, variant=flags.get("variant"), scale=cfg.scale, seed=cfg.seed, data=cfg.data,
-        data_hash=data_hash, split_hash=split_stamp(used), preprocessing_hash=stamp(asdict(method.preprocess)),
-        weights_hash=state_hash(method.state_dict()), flags=flags, settings=asdict(cfg), metrics=metrics,
+        split_hash=split_stamp(used), preprocessing_hash=stamp(asdict(method.preprocess)), **hashes, flags=flags, settings=asdict(cfg), metrics=metrics,
         seconds=round(train.get("seconds", 0) + time.perf_counter() - began, 2), images_per_s=train.get("images_per_s"),
         memory_gib=round(peak_memory(device), 3), environment=environment(device)), table)
 
@@ -170,17 +169,19 @@ def anomaly(
         run = pretrain(_recipe(cfg, start), on_step)
         there, method = read_record(run.record), run.method
         train = dict(steps=int(run.history.step.iloc[-1]), seconds=there.seconds, images_per_s=there.images_per_s)
+    weights = state_hash(method.state_dict())  # before prototypes are fitted, where there were none
     data_hash = f"images {target.images.fingerprint}, labels {stamp(target.table.y.tolist())[:12]}, first weights {start[:12]}"
-    same = cfg.resume and (folder / "record.json").exists() and _same(read_record(folder), cfg, data_hash, state_hash(method.state_dict()))
+    hashes = dict(data_hash=data_hash, weights_hash=weights)
+    same = cfg.resume and (folder / "record.json").exists() and _same(read_record(folder), cfg, hashes)
     acc.wait_for_everyone()
-    if not same: _report(cfg, method, target, acc, data_hash, start, train)
+    if not same: _report(cfg, method, target, acc, hashes, start, train)
     acc.wait_for_everyone()
     return AnomalyRun(folder, method.eval(), folder / "record.json", pd.read_parquet(folder / "predictions.parquet"))
 
 
-def _same(r: Record, cfg: AnomalyConfig, data_hash: str, weights_hash: str) -> bool:
+def _same(r: Record, cfg: AnomalyConfig, hashes: dict[str, str]) -> bool:
     "Whether a record is of these weights, images and settings."
-    same = (r.kind, r.data_hash, r.weights_hash) == ("anomaly", data_hash, weights_hash)
+    same = r.kind == "anomaly" and dict(data_hash=r.data_hash, weights_hash=r.weights_hash) == hashes
     return same and all(r.settings.get(k) == v for k, v in cfg.fixed().items())
 
 
