@@ -16,7 +16,7 @@ import pytest
 from anatcxr.cli import run_recipe
 from notebooks import ROOT, Declaration, declarations, find_notebooks, parameters, parameters_source, read_cells
 
-RECIPES = find_notebooks(under="nbs/recipes")
+RECIPES = [*find_notebooks(under="nbs/recipes"), *find_notebooks(under="nbs/results")]
 PARAMETERISED = [p for p in find_notebooks() if parameters_source(p) is not None]
 
 # Parameters that make a recipe small enough for a test; `out` is the test's. Every recipe has an entry.
@@ -24,6 +24,9 @@ SMOKE: dict[str, dict] = {
     "quickstart": dict(data="phantom:100", steps=4, batch_size=8, patients=2, partners=1, afire_steps=3),
     "afire_arms": dict(data="phantom:120", arms="1 all; 4 restoration alone; released", steps=2, batch_size=8, seeds=1),
     "benchmark": dict(size=112, batch=2, repeats=1, phantoms=2, loss_B=8, loss_L=16, loss_K=16, films=2, stored=64),
+    "downstream": dict(data="phantom:100", encoders="untrained ViT; AFiRe ViT; CutPaste", targets="phantom 100 %; phantom heart; phantom probe; phantom anomaly", seeds=2,
+                       pretrain_steps=2, finetune_epochs=1, segment_steps=2, anomaly_steps=2),
+    **{p.stem: dict(data="phantom:150", pretrain_steps=2, steps=2) for p in RECIPES if "_table" in p.stem},
 }
 PICTURES = {"quickstart", "afire_arms", "benchmark"}  # recipes whose page shows figures
 
@@ -107,11 +110,17 @@ def test_every_recipe_is_parameterised():
     assert set(SMOKE) <= {p.stem for p in RECIPES}, "SMOKE in this file names recipes that are gone"
 
 
+@pytest.fixture(scope="session")
+def shared_runs(tmp_path_factory) -> str:
+    "A folder for the runs of the papers' tables, which have many in common."
+    return str(tmp_path_factory.mktemp("tables"))
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=name)
-def test_recipe_runs(path, tmp_path):
+def test_recipe_runs(path, tmp_path, shared_runs):
     "The way of the command `anatcxr`: checked, executed in a folder of its own, rendered as a page."
     assert path.stem in SMOKE, f"add smoke parameters for {path.stem} to SMOKE in this file"
-    page = run_recipe(path.stem, tmp_path / "out", SMOKE[path.stem])
+    page = run_recipe(path.stem, tmp_path / "out", SMOKE[path.stem] | (dict(out=shared_runs) if "_table" in path.stem else {}))
     assert page == tmp_path / "out" / f"{path.stem}.html"
     text, title = page.read_text(encoding="utf-8"), read_cells(path)[0]["source"].splitlines()[0].lstrip("# ")
     assert re.search(rf"<h1[^>]*>\s*{re.escape(html.escape(title))}", text), f"no heading {title!r} in {page}"

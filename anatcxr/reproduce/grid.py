@@ -21,12 +21,12 @@ from ..methods.afire import AFIRE_TABLE1
 from ..train.checked import Config, ConfigError
 from ..train.config import MICRO_AFIRE, MICRO_PEER, SMALL_AFIRE
 
-# %% ../../nbs/8_reproduce/05_grid.ipynb #2a81a584
+# %% ../../nbs/8_reproduce/05_grid.ipynb #90fca778
 _PEAC = dict(n=10, m=16, k=7, mlp_global="256-256-256", mlp_local="256-256-256", drop_path=0., ema_base=.99, batch_size=32)
 SCALE_SETTINGS = {
     "smoke": dict(
-        size=112, seed_size=160, half=64, vit="micro_vit", swin="micro_swin", resnet="resnet10t", afire=MICRO_AFIRE | dict(lr=1e-3, steps=400, batch_size=32),
-        peer=MICRO_PEER | dict(source=112, steps=400, batch_size=32),
+        size=112, sizes=dict(resnet=96), seed_size=160, half=64, vit="micro_vit", swin="micro_swin", resnet="resnet10t", afire=MICRO_AFIRE | dict(lr=1e-3, steps=400, batch_size=32),
+        peer=MICRO_PEER | dict(source=112, rule="squash", steps=400, batch_size=32),
         peac_vit=_PEAC | dict(lr=1e-3, steps=400), peac_swin=_PEAC | dict(lr=2e-3, steps=400),
         finetune=dict(size=112, resize=112, epochs=8, batch_size=16, lr=3e-4, crop_scale=(.5, 1.), bootstrap=200),
         segment=dict(size=112, steps=150, batch_size=16, bootstrap=200), probe=dict(size=112, bootstrap=200),
@@ -34,7 +34,7 @@ SCALE_SETTINGS = {
     "small": dict(
         size=224, seed_size=304, half=112, vit="vit_small_patch16_224", swin="swin_tiny_patch4_window7_224", resnet="resnet18",
         afire=SMALL_AFIRE | dict(lr=1e-3, steps=3000, batch_size=64, precision="bf16"),
-        peer=dict(steps=3000, batch_size=64, source=224, precision="bf16"),
+        peer=dict(steps=3000, batch_size=64, source=224, rule="squash", precision="bf16"),
         peac_vit=dict(n=19, m=16, k=14, lr=5e-4, steps=3000, batch_size=64, ema_base=.99, precision="bf16"),
         peac_swin=dict(n=9, m=32, k=7, lr=5e-4, steps=3000, batch_size=64, ema_base=.99, precision="bf16"),
         finetune=dict(size=224, resize=224, epochs=20, batch_size=32, lr=1e-4, crop_scale=(.5, 1.), layer_decay=.75, precision="bf16"),
@@ -42,12 +42,12 @@ SCALE_SETTINGS = {
         anomaly=dict(steps=1000, batch_size=32, precision="bf16")),
     "full": dict(
         size=224, seed_size=608, half=224, vit="vit_base_patch16_224", swin="swin_base_patch4_window7_224", resnet="resnet50",
-        afire=dict(epochs=800, steps=None, batch_size=512), peer=dict(epochs=400, steps=None, batch_size=256, source=256),
+        afire=dict(epochs=800, steps=None, batch_size=512), peer=dict(epochs=400, steps=None, batch_size=256, source=224, rule="squash"),
         peac_vit=dict(n=19, m=16, k=14, epochs=400, steps=None, batch_size=64), peac_swin=dict(epochs=400, steps=None, batch_size=32),
         finetune={}, segment={}, probe={}, anomaly={}),  # their presets say the rest
 }
 
-# %% ../../nbs/8_reproduce/05_grid.ipynb #1720cdf9
+# %% ../../nbs/8_reproduce/05_grid.ipynb #7f299539
 @dataclass(frozen=True)
 class Encoder:
     "A row of a table."
@@ -90,18 +90,23 @@ def source_encoder(encoder: Encoder) -> Encoder | None:
     return ENCODERS[encoder.weights] if encoder.weights else encoder if encoder.method else None
 
 
+def _own_size(encoder: Encoder, s: dict) -> dict:
+    "A size that the family's tokens divide, where that of the scale is none."
+    return {"size": s["sizes"][encoder.family]} if encoder.family in s.get("sizes", {}) else {}
+
+
 def pretraining(encoder: Encoder, scale: str, seed: int, rows: str | None = "split == 'train'", stores: Mapping[str, str] = {}, **common) -> Task:
     "The task that pretrains an encoder; `stores` are names of tasks: 'peac', 'supervised' or '' for all others -> their images."
     s, m = SCALE_SETTINGS[scale], encoder.method
     data = f"@{stores.get(m, stores.get('', 'store'))}" if m != "peac" else f"@{stores.get('peac', 'peac-store')}"
     shared = dict(data=data, rows=rows, scale=scale, seed=seed, progress=False)
     if m == "supervised":
-        labels = dict(task="binary", init="scratch", backbone=s[encoder.family])
+        labels = dict(task="binary", init="scratch", backbone=s[encoder.family]) | _own_size(encoder, s)
         return Task(encoder_name(encoder, seed), "finetune", s["finetune"] | labels | shared | encoder.settings | common, "peac_224" if scale == "full" else "smoke")
-    own = s[f"peac_{encoder.family}"] | dict(backbone=s[encoder.family]) if m == "peac" else s["afire"] if m == "afire" else s["peer"] | dict(backbone=s[encoder.family], size=s["size"])
+    own = s[f"peac_{encoder.family}"] | dict(backbone=s[encoder.family]) if m == "peac" else s["afire"] if m == "afire" else s["peer"] | dict(backbone=s[encoder.family], size=s["size"]) | _own_size(encoder, s)
     return Task(encoder_name(encoder, seed), m, own | shared | encoder.settings | common)
 
-# %% ../../nbs/8_reproduce/05_grid.ipynb #71e8bbd4
+# %% ../../nbs/8_reproduce/05_grid.ipynb #ae695f30
 @dataclass(frozen=True)
 class Target:
     "A column of a table."
@@ -116,15 +121,15 @@ def target_task(target: Target, encoder: Encoder, scale: str, seed: int, **commo
     "A target's run from an encoder."
     s, given = SCALE_SETTINGS[scale], source_encoder(encoder)
     start = dict(init=f"run:@{encoder_name(given, seed)}" if given else encoder.init)
-    if target.kind != "anomaly": start |= dict(backbone=s[encoder.family])
+    if target.kind != "anomaly": start |= dict(backbone=s[encoder.family]) | _own_size(encoder, s)
     if encoder.half: start |= dict(size=s["half"], **({"resize": s["half"]} if target.kind == "finetune" else {}))
     name = f"{target.name} of {encoder_name(encoder, seed)}".replace(" ", "-").replace("%", "percent")
     detector = encoder.detector if target.kind == "anomaly" else {}
     preset = target.preset if scale == "full" else None if target.kind == "probe" else "smoke"
-    own = s[target.kind] | dict(data="@store", seed=seed, scale=scale, progress=False) | start | target.settings | common | detector
+    own = s[target.kind] | dict(data="@store", seed=seed, scale=scale, progress=False) | start | common | target.settings | detector
     return Task(name, target.kind, own, preset)
 
-# %% ../../nbs/8_reproduce/05_grid.ipynb #db3edf65
+# %% ../../nbs/8_reproduce/05_grid.ipynb #7a2cbc9a
 def targets_of(
     data: ChestXrays,
     percents: Mapping[str, Sequence[int]] = {},  # source -> shares of the training labels; 100 otherwise
@@ -138,7 +143,8 @@ def targets_of(
         normal = rows.label.astype(str) == "normal"
         sides = [rows[(rows.split == s) & (normal == n)].patient.nunique() for s in ("train", "test") for n in (True, False)]
         if min(sides) >= least:
-            found += [Target(f"{name} {p} %", "finetune", dict(rows=query, task="binary", percent=p)) for p in percents.get(name, (100,))]
+            few = lambda p: dict(batch_size=4, steps=60, epochs=None, eval_every=10) if p == 1 else {}  # a handful of images
+            found += [Target(f"{name} {p} %", "finetune", dict(rows=query, task="binary", percent=p) | few(p)) for p in percents.get(name, (100,))]
             found += [Target(f"{name} probe", "probe", dict(rows=query, task="binary")), Target(f"{name} anomaly", "anomaly", dict(rows=query))]
         has = rows.filter(regex="^mask_").notna().rename(columns=lambda c: c[5:])
         if has.empty: has = pd.DataFrame({m: True for m in data.masks(int(rows.index[0]))}, rows.index)  # a phantom's are no files

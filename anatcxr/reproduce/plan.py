@@ -51,13 +51,13 @@ def plan_table(items: Sequence[str], cfg: TableConfig) -> pd.DataFrame:  # item,
         rows.append((name, len(tasks), done, len(tasks) - done))
     return pd.DataFrame(rows, columns=["item", "runs", "done", "left"])
 
-# %% ../../nbs/8_reproduce/07_plan.ipynb #7e592b86
+# %% ../../nbs/8_reproduce/07_plan.ipynb #3b20124d
 def work(tasks: Sequence[Task], out: str | Path, minutes: float | None = None, report: Callable[[str], None] = print) -> pd.DataFrame:  # of `run_tasks`
-    "Do the tasks beside other workers, until all are done or the time is over."
+    "Do the tasks beside other workers, until all are done or have failed, or the time is over."
     end = time.monotonic() + 60 * (minutes or float("inf"))
     while True:
         left = max((end - time.monotonic()) / 60, 1e-3) if minutes else None
-        state = run_tasks(tasks, out, left, report=report)
+        state = run_tasks(tasks, out, left, report=report, refuse=False)
         if not (state.state == "elsewhere").any() or time.monotonic() > end: return state
         time.sleep(2)
 
@@ -79,7 +79,7 @@ def _worker(k: int, workers: int, tasks: list[Task], out: str, minutes: float | 
     elif not torch.cuda.is_available(): torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     return work(tasks, out, minutes)
 
-# %% ../../nbs/8_reproduce/07_plan.ipynb #de7e0d50
+# %% ../../nbs/8_reproduce/07_plan.ipynb #8b096f76
 def reproduce(
     names: str,                       # items with commas between: "peac-table1", "afire", "all"
     cfg: TableConfig,
@@ -88,12 +88,13 @@ def reproduce(
     page: Callable[[str, Path, dict], Path] | None = None,  # (notebook, out, parameters) -> page; None: no pages
     slurm: dict | None = None,        # options of the jobs, such as slurm_partition
 ) -> list[Path]:
-    "Make items: their runs, then their pages. Raises `TaskError` if a run could not be started, or has failed."
+    "Make items: their runs, then their pages. Raises `TaskError` at once if a run could not be started, and after the pages if one has failed."
     items, runs = chosen_items(names), Path(cfg.out) / "runs"
     tasks = all_tasks(items, cfg)
     check_tasks(tasks, runs)
     minutes = cfg.minutes or None
-    if workers > 1: start_workers(tasks, runs, workers, minutes, cluster, **slurm or {})
-    else: work(tasks, runs, minutes)
+    states = start_workers(tasks, runs, workers, minutes, cluster, **slurm or {}) if workers > 1 else [work(tasks, runs, minutes)]
     given = {f.name: getattr(cfg, f.name) for f in fields(cfg)} | dict(out=str(Path(cfg.out).resolve()))
-    return [page(i.replace("-", "_"), Path(cfg.out), given) for i in items] if page else []
+    pages = [page(i.replace("-", "_"), Path(cfg.out), given) for i in items] if page else []
+    if failed := [*dict.fromkeys(w for s in states for w in s.why if w)]: raise TaskError(failed)
+    return pages

@@ -135,14 +135,15 @@ def _do(task: Task, folders: dict[str, Path], deadline: float):
 
 def _ours(error: Exception) -> bool: return type(error).__module__.startswith("anatcxr.")
 
-# %% ../../nbs/8_reproduce/03_runs.ipynb #9617dd72
+# %% ../../nbs/8_reproduce/03_runs.ipynb #517fb44d
 def run_tasks(
     tasks: Sequence[Task],
     out: str | Path,                # folder of the runs
     minutes: float | None = None,   # after which no task is begun that would not end in time, and a running one is left at its checkpoint
     only: Sequence[str] | None = None,  # names of the tasks to do, beside what they need; None: all
     report: Callable[[str], None] = print,  # is told of every task that is begun or done
-) -> pd.DataFrame:                  # name, kind, state, seconds, folder; state is "kept", "done", "elsewhere" or "left"
+    refuse: bool = True,            # raise what failed; False: it is in the table
+) -> pd.DataFrame:                  # name, kind, state, seconds, folder, why; state is "kept", "done", "elsewhere", "left" or "failed"
     "Do what is not done. Raises `TaskError` with everything that failed, after the rest is done."
     folders, start, took, state, failed = check_tasks(tasks, out), time.monotonic(), {}, {}, {}
     deadline, wanted = start + 60 * (minutes or float("inf")), _wanted(tasks, only)
@@ -166,9 +167,9 @@ def run_tasks(
         took.setdefault(t.kind, []).append(seconds)
         state[t.name] = ("done", seconds)
         report(f"{t.name}: done in {seconds:.0f} s, {sum(t.name in state for t in ordered)} of {len(ordered)}")
-    if failed: raise TaskError(failed.values())
-    rows = [(t.name, t.kind, *state.get(t.name, ("left", 0.)), folders[t.name].name) for t in ordered]
-    return pd.DataFrame(rows, columns=["name", "kind", "state", "seconds", "folder"])
+    if failed and refuse: raise TaskError(failed.values())
+    rows = [(t.name, t.kind, *state.get(t.name, ("left", 0.)), folders[t.name].name, failed.get(t.name, "")) for t in ordered]
+    return pd.DataFrame(rows, columns=["name", "kind", "state", "seconds", "folder", "why"])
 
 
 def _wanted(tasks: Sequence[Task], only: Sequence[str] | None) -> set[str]:

@@ -83,7 +83,7 @@ def find_source(name: str, there: Mapping[str, DataSource], needs: str = "") -> 
     others = [*_STAND_INS.get(name, "").split(), *there]
     return next((replace(there[o], stands_for=name) for o in others if o in there and fits(there[o])), None)
 
-# %% ../../nbs/8_reproduce/06_tables.ipynb #dbe5cab2
+# %% ../../nbs/8_reproduce/06_tables.ipynb #9ecc3e16
 _ORGANS = ("lung", "heart", "clavicle")
 
 
@@ -121,7 +121,7 @@ def column_targets(c: PublishedCell, there: Mapping[str, DataSource]) -> tuple[l
         raise TaskError([f"{c.column}: segmentation in five folds needs a manifest for each fold"])
     percent = int(c.setting[:-1]) if c.setting.endswith("%") else 100
     if percent == 100: return [base], source
-    if kind == "finetune": return [change(f"{percent} %", percent=percent)], source
+    if kind == "finetune": return [change(f"{percent} %", percent=percent, **(dict(batch_size=4) if percent <= 10 else {}))], source
     if f"fraction_{percent}" not in source.columns: raise TaskError([f"{c.column}: {source.name} has no column fraction_{percent}; prepare it with fractions"])
     return [change(f"{percent} %", rows=_both(rows, f"(fraction_{percent} == True or split != 'train')"))], source
 
