@@ -239,7 +239,7 @@ def _from_run(path: str, backbone: str | None, img_size: int | None, kw: dict) -
     try:
         if file.is_dir():
             run = json.loads((file / "record.json").read_text())  # its authors take student or teacher; labels, and restoration alone, have no teacher
-            file /= f"encoder_{'teacher' if run['method'] in ('afire', 'peer-dino') and run.get('kind') != 'finetune' and run['flags'].get('arms') != 'r' else 'student'}.safetensors"
+            file /= f"encoder_{'teacher' if run['method'] in ('afire', 'peer-dino') and run.get('kind') != 'finetune' and run.get('flags', {}).get('arms') != 'r' else 'student'}.safetensors"
         with open(file, "rb") as f: about = json.loads(json.loads(f.read(min(int.from_bytes(f.read(8), "little"), 1 << 27)))["__metadata__"]["anatcxr"])
         name, how = about["settings"]["backbone"], {k: tuple(v) if isinstance(v, list) else v for k, v in about["preprocess"].items()}
     except (OSError, ValueError, KeyError, TypeError) as e:
