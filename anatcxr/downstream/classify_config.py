@@ -6,7 +6,6 @@
 __all__ = ['NORMALISATIONS', 'FINETUNE_PRESETS', 'FinetuneConfig']
 
 # %% ../../nbs/6_downstream/03_classify_config.ipynb #f441069e
-import difflib
 from dataclasses import dataclass
 from typing import Literal
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -77,13 +76,7 @@ class FinetuneConfig(LoopConfig):
     @classmethod
     def preset(cls, name: str, **params) -> "FinetuneConfig":
         "The settings of `FINETUNE_PRESETS`, some of them changed; a length in steps takes the place of one in epochs."
-        if name not in FINETUNE_PRESETS:
-            near = difflib.get_close_matches(name, FINETUNE_PRESETS, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {[*FINETUNE_PRESETS]}"
-            raise ConfigError(cls.__name__, [f"preset {name!r}: no such preset; {hint}"])
-        length = {"steps", "epochs"} & {k for k, v in params.items() if v is not None}
-        other = dict.fromkeys({"steps", "epochs"} - length) if length else {}
-        return cls.from_params(**FINETUNE_PRESETS[name] | other | params)
+        return cls.from_preset(FINETUNE_PRESETS, name, params)
 
     def fixed(self) -> dict:
         "The settings that the weights depend on: not how they are tested; weights to start from are compared by their hash."

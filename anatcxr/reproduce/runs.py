@@ -66,12 +66,13 @@ def _config(task: Task, settings: dict):
     return cls.preset(task.preset, **settings) if task.preset else cls.from_params(**settings)
 
 # %% ../../nbs/8_reproduce/03_runs.ipynb #3837d796
+_PACK = dict(rule="squash", masks=True, allow_leaks=False)  # of a store, where nothing is said
 _FREE = {"device", "workers", "resume", "save_every", "log_every", "progress"}  # numbers do not depend on these
 
 
 def _pack_settings(task: Task) -> dict:
     "What a store is made of, the fingerprint of its images included."
-    s = dict(rule="squash", masks=True, allow_leaks=False) | task.settings
+    s = _PACK | task.settings
     whole = ChestXrays(s["data"], s["size"], s["rule"], allow_leaks=s["allow_leaks"])
     return s | {"data": Path(str(s["data"])).name, "fingerprint": whole.fingerprint}
 
@@ -125,7 +126,7 @@ def _do(task: Task, folders: dict[str, Path], deadline: float):
     settings = _resolved(task, folders)
     if task.kind == "pack":
         from anatcxr.data.packing import pack
-        s = dict(rule="squash", masks=True, allow_leaks=False) | settings
+        s = _PACK | settings
         return pack(s["data"], folders[task.name], size=s["size"], rule=s["rule"], masks=s["masks"], allow_leaks=s["allow_leaks"])
     run = _kind(task.kind)[1]
     def on_step(*_):

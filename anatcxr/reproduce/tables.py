@@ -9,6 +9,7 @@ __all__ = ['TABLE_ROWS', 'TableConfig', 'DataSource', 'data_sources', 'find_sour
 # %% ../../nbs/8_reproduce/06_tables.ipynb #89d56f9c
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -146,11 +147,12 @@ TABLE_ROWS = {
 }
 
 
-def _weights_problem(e: Encoder, scale: str) -> str:
+@cache  # weights are read, or fetched, once for all cells of a row
+def _weights_problem(init: str, family: str, scale: str) -> str:
     "Why published weights cannot be had; '' if they can."
-    if e.init == "scratch": return ""
+    if init == "scratch": return ""
     if scale != "full": return "no published weights of a network of this scale"
-    try: initial_encoder(e.init, SCALE_SETTINGS[scale][e.family])
+    try: initial_encoder(init, SCALE_SETTINGS[scale][family])
     except InitialisationError as error: return str(error)[:100]
     return ""
 
@@ -179,7 +181,7 @@ def table_plan(paper: str, table: int, cfg: TableConfig) -> TablePlan:
     there, cells, headings, why = data_sources(cfg.data, cfg.allow_leaks), {}, {}, {}
     for c in (PublishedCell(**r) for r in published(paper, table).to_dict("records")):
         encoder = ENCODERS.get(TABLE_ROWS[paper, table].get(c.row, ""))
-        problem = "not reimplemented" if encoder is None else _weights_problem(encoder, cfg.scale)
+        problem = "not reimplemented" if encoder is None else _weights_problem(encoder.init, encoder.family, cfg.scale)
         if problem: why.setdefault(problem, {})[c.row] = None; continue
         try: targets, source = column_targets(c, there)
         except TaskError as e: why.setdefault(e.problems[0], {})[c.column] = None; continue

@@ -94,6 +94,17 @@ class Config:
         if problems: raise ConfigError(cls.__name__, problems)
         return cfg
 
+    @classmethod
+    def from_preset(cls, presets: dict[str, dict], name: str, params: dict) -> "Config":
+        "The settings of a preset, some of them changed; a length in steps takes the place of one in epochs. `ConfigError` for an unknown name."
+        if name not in presets:
+            near = difflib.get_close_matches(name, presets, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {[*presets]}"
+            raise ConfigError(cls.__name__, [f"preset {name!r}: no such preset; {hint}"])
+        length = {"steps", "epochs"} & {k for k, v in params.items() if v is not None}
+        other = dict.fromkeys({"steps", "epochs"} - length) if length else {}
+        return cls.from_params(**presets[name] | other | params)
+
 
 def _unknown(name: str, names: list[str]) -> str:
     near = difflib.get_close_matches(name, names, n=1)
