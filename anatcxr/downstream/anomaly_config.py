@@ -6,11 +6,10 @@
 __all__ = ['ANOMALY_METHODS', 'ANOMALY_FROZEN', 'ANOMALY_PRESETS', 'anomaly_scores_of', 'AnomalyConfig']
 
 # %% ../../nbs/6_downstream/06_anomaly_config.ipynb #6bb14093
-import difflib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
-from ..train.checked import Config, ConfigError
+from ..train.checked import Config
 from ..train.config import LoopConfig
 
 # %% ../../nbs/6_downstream/06_anomaly_config.ipynb #b2f4f98f
@@ -114,13 +113,7 @@ class AnomalyConfig(Config):
     @classmethod
     def preset(cls, name: str, **params) -> "AnomalyConfig":
         "The settings of `ANOMALY_PRESETS`, some of them changed; a length in steps takes the place of one in epochs."
-        if name not in ANOMALY_PRESETS:
-            near = difflib.get_close_matches(name, ANOMALY_PRESETS, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {[*ANOMALY_PRESETS]}"
-            raise ConfigError(cls.__name__, [f"preset {name!r}: no such preset; {hint}"])
-        length = {"steps", "epochs"} & {k for k, v in params.items() if v is not None}
-        other = dict.fromkeys({"steps", "epochs"} - length) if length else {}
-        return cls.from_params(**ANOMALY_PRESETS[name] | other | params)
+        return cls.from_preset(ANOMALY_PRESETS, name, params)
 
 # %% ../../nbs/6_downstream/06_anomaly_config.ipynb #3891213f
 _PASTE = dict(scale="full", backbone="resnet18", size=256, steps=256 * 256, batch_size=64, optimiser="sgd", lr=.03, momentum=.9,

@@ -9,7 +9,7 @@ __all__ = ['NORMALISATIONS', 'FINETUNE_PRESETS', 'FinetuneConfig']
 from dataclasses import dataclass
 from typing import Literal
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from ..train.config import ConfigError, LoopConfig
+from ..train.config import LoopConfig
 
 # %% ../../nbs/6_downstream/03_classify_config.ipynb #b134362b
 NORMALISATIONS = {  # mean, standard deviation

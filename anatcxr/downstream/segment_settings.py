@@ -83,9 +83,7 @@ class SegmentConfig(Config):
     @classmethod
     def preset(cls, name: str, **params) -> "SegmentConfig":
         "The settings of `SEGMENT_PRESETS`, some of them changed; a length in steps takes the place of one in epochs."
-        length = {"steps", "epochs"} & {k for k, v in params.items() if v is not None}
-        other = dict.fromkeys({"steps", "epochs"} - length) if length else {}
-        if name in SEGMENT_PRESETS: return cls.from_params(**SEGMENT_PRESETS[name] | other | params)
+        if name in SEGMENT_PRESETS: return cls.from_preset(SEGMENT_PRESETS, name, params)
         raise ConfigError(cls.__name__, [f"preset {name!r}: expected one of {[*SEGMENT_PRESETS]}"])
 
     total_steps = LoopConfig.total_steps
