@@ -6,7 +6,7 @@
 __all__ = ['CellError', 'TestScores', 'read_scores', 'Cell', 'cell', 'fold_cell', 'difference', 'seed_test', 'cell_table',
            'cell_text', 'wide_table']
 
-# %% ../../nbs/8_reproduce/04_cells.ipynb #e1391617
+# %% ../../nbs/8_reproduce/04_cells.ipynb #828515fc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from ..downstream.metrics import _ratio, accuracy, auroc, choose_threshold, conf
 from ..downstream.significance import Comparison, adjust_p, t_test
 from ..train.record import Record, read_record, stamp
 
-# %% ../../nbs/8_reproduce/04_cells.ipynb #4fd85600
+# %% ../../nbs/8_reproduce/04_cells.ipynb #481bc7fa
 class CellError(ValueError):
     "Runs that are no number of a table, or numbers that do not belong into one column."
 
@@ -66,7 +66,7 @@ def _class_scores(table: pd.DataFrame, metric: str, record: Record):
 
 def read_scores(
     folder: str | Path,     # of a run
-    metric: str = "auroc",  # "auroc", "auroc/NAME", "accuracy"; of two classes "accuracy@val", "f1@oracle", ...; segmentation: "dice"
+    metric: str = "auroc",  # "auroc", "auroc/NAME", "accuracy"; of two classes "accuracy@val", "f1@oracle", ...; segmentation: "dice"; landmarks: "cut/own", ...
 ) -> TestScores:
     "Predictions of the test split. `CellError` if the run has none of that kind."
     record = read_record(folder)
@@ -74,12 +74,15 @@ def read_scores(
     table = pd.read_parquet(Path(folder) / record.predictions).sort_values("id")
     test = table[table.split == "test"]
     if record.kind == "segment" and metric == "dice": y = s = test.dice.to_numpy(float); fn = _mean_second
+    elif record.kind == "landmarks" and metric in test:
+        test = test.dropna(subset=metric)  # of a patient all landmarks may have been cut off
+        y = s = test[metric].to_numpy(float); fn = _mean_second
     elif record.kind == "anomaly": y, s, fn = _two_classes(table, metric, "y", record.flags["score"])
     elif record.kind in ("finetune", "probe"): y, s, fn = _class_scores(table, metric, record)
     else: raise CellError(f"{folder}: a run of kind {record.kind!r} has no {metric!r}; its predictions have {[*table]}")
     return TestScores(record, test.id.to_numpy(str), test.patient.to_numpy(str), y, s, fn)
 
-# %% ../../nbs/8_reproduce/04_cells.ipynb #6ebd9c68
+# %% ../../nbs/8_reproduce/04_cells.ipynb #7ad3d6da
 @dataclass(frozen=True)
 class Cell:
     "One number of a table."
@@ -100,7 +103,8 @@ class Cell:
     @property
     def stamp(self) -> tuple[str, str, str, str]:
         "What numbers of one column have in common."
-        return self.kind, self.metric, self.scale, self.split_hash
+        first, _, rest = self.metric.partition("/")  # of landmarks the word in the middle says who was asked
+        return self.kind, "/".join([first, *rest.split("/")[1:]]) if self.kind == "landmarks" else self.metric, self.scale, self.split_hash
 
 
 def cell(
@@ -126,7 +130,7 @@ def cell(
     r = first.record
     return Cell(i.value, i.low, i.high, runs, r.kind, metric, r.scale, r.split_hash, len(set(first.patients)), tuple(found))
 
-# %% ../../nbs/8_reproduce/04_cells.ipynb #1a32f463
+# %% ../../nbs/8_reproduce/04_cells.ipynb #486762fa
 def fold_cell(
     folders: Sequence[str | Path],  # of the runs, each of other test patients
     metric: str = "auroc", n: int = 1000,  # as for `cell`
@@ -143,7 +147,7 @@ def fold_cell(
     i, r = bootstrap_ci(mean, who, fold, y, score, n=n), found[0].record
     return Cell(i.value, i.low, i.high, runs, r.kind, metric, r.scale, stamp([s.record.split_hash for s in found]), len(set(who)), tuple(found))
 
-# %% ../../nbs/8_reproduce/04_cells.ipynb #f0b93440
+# %% ../../nbs/8_reproduce/04_cells.ipynb #05e47a92
 def _check_column(cells: Mapping[str, Cell]):
     "`CellError` unless the numbers may stand in one column."
     stamps = {name: c.stamp for name, c in cells.items()}
@@ -170,7 +174,7 @@ def seed_test(a: Cell, b: Cell) -> Comparison:
     _check_column({"the first": a, "the second": b})
     return t_test(a.runs, b.runs)
 
-# %% ../../nbs/8_reproduce/04_cells.ipynb #4000a86a
+# %% ../../nbs/8_reproduce/04_cells.ipynb #57caf0a3
 def cell_table(
     rows: Mapping[str, Mapping[str, Cell]],  # row -> column -> cell
     reference: str | None = None,            # the row that all others are compared with

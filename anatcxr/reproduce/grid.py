@@ -6,7 +6,7 @@
 __all__ = ['SCALE_SETTINGS', 'ENCODERS', 'Encoder', 'encoder_name', 'source_encoder', 'pretraining', 'Target', 'target_task',
            'targets_of', 'fits', 'encoder_tasks', 'grid_tasks', 'grid_cells', 'DownstreamConfig']
 
-# %% ../../nbs/8_reproduce/05_grid.ipynb #a1df3cb8
+# %% ../../nbs/8_reproduce/05_grid.ipynb #d509d062
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ from ..methods.afire import AFIRE_TABLE1
 from ..train.checked import Config, ConfigError
 from ..train.config import MICRO_AFIRE, MICRO_PEER, SMALL_AFIRE
 
-# %% ../../nbs/8_reproduce/05_grid.ipynb #90fca778
+# %% ../../nbs/8_reproduce/05_grid.ipynb #816dde05
 _PEAC = dict(n=10, m=16, k=7, mlp_global="256-256-256", mlp_local="256-256-256", drop_path=0., ema_base=.99, batch_size=32)
 SCALE_SETTINGS = {
     "smoke": dict(
@@ -29,7 +29,7 @@ SCALE_SETTINGS = {
         peer=MICRO_PEER | dict(source=112, rule="squash", steps=400, batch_size=32),
         peac_vit=_PEAC | dict(lr=1e-3, steps=400), peac_swin=_PEAC | dict(lr=2e-3, steps=400),
         finetune=dict(size=112, resize=112, epochs=8, batch_size=16, lr=3e-4, crop_scale=(.5, 1.), bootstrap=200),
-        segment=dict(size=112, steps=150, batch_size=16, bootstrap=200), probe=dict(size=112, bootstrap=200),
+        segment=dict(size=112, steps=150, batch_size=16, bootstrap=200), probe=dict(size=112, bootstrap=200), landmarks=dict(size=112, bootstrap=200),
         anomaly=dict(steps=150, batch_size=16, bootstrap=200)),
     "small": dict(
         size=224, seed_size=304, half=112, vit="vit_small_patch16_224", swin="swin_tiny_patch4_window7_224", resnet="resnet18",
@@ -38,16 +38,16 @@ SCALE_SETTINGS = {
         peac_vit=dict(n=19, m=16, k=14, lr=5e-4, steps=3000, batch_size=64, ema_base=.99, precision="bf16"),
         peac_swin=dict(n=9, m=32, k=7, lr=5e-4, steps=3000, batch_size=64, ema_base=.99, precision="bf16"),
         finetune=dict(size=224, resize=224, epochs=20, batch_size=32, lr=1e-4, crop_scale=(.5, 1.), layer_decay=.75, precision="bf16"),
-        segment=dict(size=224, steps=600, batch_size=16, lr=5e-4, layer_decay=.75, precision="bf16"), probe=dict(size=224, precision="bf16"),
+        segment=dict(size=224, steps=600, batch_size=16, lr=5e-4, layer_decay=.75, precision="bf16"), probe=dict(size=224, precision="bf16"), landmarks=dict(size=224),
         anomaly=dict(steps=1000, batch_size=32, precision="bf16")),
     "full": dict(
         size=224, seed_size=608, half=224, vit="vit_base_patch16_224", swin="swin_base_patch4_window7_224", resnet="resnet50",
         afire=dict(epochs=800, steps=None, batch_size=512), peer=dict(epochs=400, steps=None, batch_size=256, source=224, rule="squash"),
         peac_vit=dict(n=19, m=16, k=14, epochs=400, steps=None, batch_size=64), peac_swin=dict(epochs=400, steps=None, batch_size=32),
-        finetune={}, segment={}, probe={}, anomaly={}),  # their presets say the rest
+        finetune={}, segment={}, probe={}, anomaly={}, landmarks=dict(size=224)),  # their presets say the rest
 }
 
-# %% ../../nbs/8_reproduce/05_grid.ipynb #7f299539
+# %% ../../nbs/8_reproduce/05_grid.ipynb #809aba7d
 @dataclass(frozen=True)
 class Encoder:
     "A row of a table."
@@ -72,7 +72,7 @@ ENCODERS = {e.name: e for e in (
     *_each("PEAC swapped", "vit swin", "peac", dict(grid_match="released_swapped")),
     *(e for how in ("location", "feature") for e in _each(f"PEAC by {how}", "vit swin", "peac", dict(grid_match=f"block_{how}"))),
     Encoder("PEAC-1 Swin", "swin", weights="PEAC Swin", half=True), Encoder("POPAR-1 Swin", "swin", weights="POPAR Swin", half=True),
-    *_each("AFiRe", "vit", "afire", detector=dict(method="afire")), *(Encoder(f"AFiRe {arm}", "vit", "afire", s) for arm, s in AFIRE_TABLE1.items()),
+    *_each("AFiRe", "vit", "afire", detector=dict(method="afire")), *(Encoder(f"AFiRe {arm}", "vit", "afire", s) for arm, s in AFIRE_TABLE1.items()), *(Encoder(f"AFiRe K {k}", "vit", "afire", dict(K=k)) for k in (16, 64)),
     *(e for name, peer in _PEERS.items() for e in _each(name, "vit resnet" if name not in ("MAE", "SimMIM") else "vit", peer)),
     *(Encoder(name, "vit", detector=dict(method=m)) for name, m in (("AFiRe from scratch", "afire"), ("auto-encoder", "autoencoder"), ("AnatPaste", "anatpaste"), ("CutPaste", "cutpaste"))),
     Encoder("PANDA-like", "vit", init="imagenet", detector=dict(method="knn", steps=0)), Encoder("k-NN of PEAC", "vit", weights="PEAC ViT", detector=dict(method="knn", steps=0)),
@@ -106,12 +106,12 @@ def pretraining(encoder: Encoder, scale: str, seed: int, rows: str | None = "spl
     own = s[f"peac_{encoder.family}"] | dict(backbone=s[encoder.family]) if m == "peac" else s["afire"] if m == "afire" else s["peer"] | dict(backbone=s[encoder.family], size=s["size"]) | _own_size(encoder, s)
     return Task(encoder_name(encoder, seed), m, own | shared | encoder.settings | common)
 
-# %% ../../nbs/8_reproduce/05_grid.ipynb #ae695f30
+# %% ../../nbs/8_reproduce/05_grid.ipynb #fe849a2b
 @dataclass(frozen=True)
 class Target:
     "A column of a table."
     name: str
-    kind: str                # "finetune", "segment", "probe" or "anomaly"
+    kind: str                # "finetune", "segment", "probe", "anomaly" or "landmarks"
     settings: dict           # of that kind, beside those of the scale
     metric: str = "auroc"    # as for `read_scores`
     preset: str | None = None  # at scale full
@@ -125,11 +125,11 @@ def target_task(target: Target, encoder: Encoder, scale: str, seed: int, **commo
     if encoder.half: start |= dict(size=s["half"], **({"resize": s["half"]} if target.kind == "finetune" else {}))
     name = f"{target.name} of {encoder_name(encoder, seed)}".replace(" ", "-").replace("%", "percent")
     detector = encoder.detector if target.kind == "anomaly" else {}
-    preset = target.preset if scale == "full" else None if target.kind == "probe" else "smoke"
+    preset = target.preset if scale == "full" else None if target.kind in ("probe", "landmarks") else "smoke"
     own = s[target.kind] | dict(data="@store", seed=seed, scale=scale, progress=False) | start | common | target.settings | detector
     return Task(name, target.kind, own, preset)
 
-# %% ../../nbs/8_reproduce/05_grid.ipynb #7a2cbc9a
+# %% ../../nbs/8_reproduce/05_grid.ipynb #b22ef803
 def targets_of(
     data: ChestXrays,
     percents: Mapping[str, Sequence[int]] = {},  # source -> shares of the training labels; 100 otherwise
@@ -154,7 +154,7 @@ def targets_of(
                 found.append(Target(f"{name} {organ}", "segment", dict(rows=query, mask=organ), "dice"))
     return found
 
-# %% ../../nbs/8_reproduce/05_grid.ipynb #f41d035e
+# %% ../../nbs/8_reproduce/05_grid.ipynb #0c3e26c8
 def fits(encoder: Encoder, target: Target) -> bool:
     "Whether the pair is a cell: anomaly detection needs a detector, and what is nothing but a detector has no other target."
     return bool(encoder.detector) if target.kind == "anomaly" else encoder.method is not None or not encoder.detector
@@ -199,7 +199,7 @@ def grid_cells(
             if all((f / "record.json").is_file() for f in runs): found.setdefault(e.name, {})[t.name] = cell(runs, t.metric, n)
     return found
 
-# %% ../../nbs/8_reproduce/05_grid.ipynb #aac830ef
+# %% ../../nbs/8_reproduce/05_grid.ipynb #4f7df754
 @dataclass(frozen=True)
 class DownstreamConfig(Config):
     "Settings of `results/downstream`."

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TABLE_ROWS', 'TableConfig', 'DataSource', 'data_sources', 'find_source', 'column_targets', 'TablePlan', 'pack_tasks',
-           'table_plan', 'table_cells', 'beside_published', 'printed_table', 'write_table']
+           'pair_tasks', 'table_plan', 'table_cells', 'beside_published', 'printed_table', 'write_table']
 
-# %% ../../nbs/8_reproduce/06_tables.ipynb #89d56f9c
+# %% ../../nbs/8_reproduce/06_tables.ipynb #00357bc7
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -24,7 +24,7 @@ from .runs import Task, TaskError, task_folders
 from ..train.checked import Config
 from ..train.record import atomic_file
 
-# %% ../../nbs/8_reproduce/06_tables.ipynb #73a60346
+# %% ../../nbs/8_reproduce/06_tables.ipynb #a9946429
 @dataclass(frozen=True)
 class TableConfig(Config):
     "Settings of the pages that make the papers' tables."
@@ -48,9 +48,9 @@ class TableConfig(Config):
         "What is changed in the settings of the scale."
         few = dict(steps=self.steps) if self.steps else {}
         return {"pretrain": dict(steps=self.pretrain_steps) if self.pretrain_steps else {}, "finetune": few | ({"epochs": None} if few else {}),
-                "segment": few, "anomaly": few, "probe": {}}
+                "segment": few, "anomaly": few, "probe": {}, "landmarks": {}}
 
-# %% ../../nbs/8_reproduce/06_tables.ipynb #501ab70b
+# %% ../../nbs/8_reproduce/06_tables.ipynb #032a17b1
 @dataclass(frozen=True)
 class DataSource:
     "Where the images of a published data set come from."
@@ -84,7 +84,7 @@ def find_source(name: str, there: Mapping[str, DataSource], needs: str = "") -> 
     others = [*_STAND_INS.get(name, "").split(), *there]
     return next((replace(there[o], stands_for=name) for o in others if o in there and fits(there[o])), None)
 
-# %% ../../nbs/8_reproduce/06_tables.ipynb #9ecc3e16
+# %% ../../nbs/8_reproduce/06_tables.ipynb #f980a035
 _ORGANS = ("lung", "heart", "clavicle")
 
 
@@ -126,7 +126,7 @@ def column_targets(c: PublishedCell, there: Mapping[str, DataSource]) -> tuple[l
     if f"fraction_{percent}" not in source.columns: raise TaskError([f"{c.column}: {source.name} has no column fraction_{percent}; prepare it with fractions"])
     return [change(f"{percent} %", rows=_both(rows, f"(fraction_{percent} == True or split != 'train')"))], source
 
-# %% ../../nbs/8_reproduce/06_tables.ipynb #3ddc8681
+# %% ../../nbs/8_reproduce/06_tables.ipynb #0d93bd8b
 TABLE_ROWS = {
     ("peac", 1): {
         "ResNet-50, none, No pretraining": "untrained ResNet", "ResNet-50, ImageNet-1K, Fully-supervised": "ImageNet ResNet", "ResNet-50, ChestX-ray14, Fully-supervised": "supervised ResNet",
@@ -156,7 +156,7 @@ def _weights_problem(init: str, family: str, scale: str) -> str:
     except InitialisationError as error: return str(error)[:100]
     return ""
 
-# %% ../../nbs/8_reproduce/06_tables.ipynb #b575fa54
+# %% ../../nbs/8_reproduce/06_tables.ipynb #3dc05616
 @dataclass(frozen=True)
 class TablePlan:
     "What makes a table."
@@ -176,6 +176,23 @@ def pack_tasks(sources: Mapping[str, DataSource], cfg: TableConfig) -> list[Task
     return [pack(n, d, s["size"], "squash") for n, d in data.items()] + [pack(f"peac-{n}", d, s["seed_size"], "crop") for n, d in data.items()]
 
 
+def pair_tasks(
+    pairs: Sequence[tuple[Encoder, Sequence[Target]]],
+    there: Mapping[str, DataSource],
+    cfg: TableConfig,
+    every: bool = False,  # a store of every source, whether a run needs it or not
+) -> list[Task]:
+    "Every run that encoders and their targets need, each once: stores, pretraining, targets."
+    nih = find_source("nih", there)
+    stores = {"": (find_source("mimic", there) or nih).store, "peac": f"peac-{nih.store}", "supervised": nih.store}
+    change, leaks, seeds = cfg.changes(), dict(allow_leaks=cfg.allow_leaks), range(cfg.seeds)
+    tasks = encoder_tasks([e for e, _ in pairs], cfg.scale, cfg.seeds, nih.rows, stores, change, **leaks)
+    tasks += [target_task(t, e, cfg.scale, seed, **leaks, **change[t.kind]) for e, targets in pairs for t in targets for seed in seeds]
+    unique = {t.name: t for t in tasks}
+    needed = {n for t in unique.values() for n in t.needs} | ({d.store for d in there.values()} if every else set())
+    return [t for t in pack_tasks(there, cfg) if t.name in needed] + [*unique.values()]
+
+
 def table_plan(paper: str, table: int, cfg: TableConfig) -> TablePlan:
     "The plan of a published table on the data that are there."
     there, cells, headings, why = data_sources(cfg.data, cfg.allow_leaks), {}, {}, {}
@@ -190,16 +207,9 @@ def table_plan(paper: str, table: int, cfg: TableConfig) -> TablePlan:
     notes = [f"{', '.join(rows)}: {problem}; published numbers only" for problem, rows in why.items()]
     for heading in dict.fromkeys(h for h in headings.values() if "stand-in" in h):
         notes.append(f"{', '.join(c for c, h in headings.items() if h == heading)}: measured on {heading}, so these numbers are none of the published column")
-    nih = find_source("nih", there)
-    stores = {"": (find_source("mimic", there) or nih).store, "peac": f"peac-{nih.store}", "supervised": nih.store}
-    change, leaks, seeds = cfg.changes(), dict(allow_leaks=cfg.allow_leaks), range(cfg.seeds)
-    tasks = encoder_tasks([e for e, _ in cells.values()], cfg.scale, cfg.seeds, nih.rows, stores, change, **leaks)
-    tasks += [target_task(t, e, cfg.scale, seed, **leaks, **change[t.kind]) for e, targets in cells.values() for t in targets for seed in seeds]
-    unique = {t.name: t for t in tasks}
-    needed = {n for t in unique.values() for n in t.needs}
-    return TablePlan(paper, table, cfg, cells, [t for t in pack_tasks(there, cfg) if t.name in needed] + [*unique.values()], headings, notes)
+    return TablePlan(paper, table, cfg, cells, pair_tasks([*cells.values()], there, cfg), headings, notes)
 
-# %% ../../nbs/8_reproduce/06_tables.ipynb #155c0799
+# %% ../../nbs/8_reproduce/06_tables.ipynb #cfebb385
 def table_cells(plan: TablePlan, out: str | Path, n: int = 1000) -> dict[str, dict[str, Cell]]:  # row -> column -> cell
     "The cells whose runs are all done."
     folders, found = task_folders(plan.tasks, out), {}
