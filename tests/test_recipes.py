@@ -27,9 +27,10 @@ SMOKE: dict[str, dict] = {
     "downstream": dict(data="phantom:100", encoders="untrained ViT; AFiRe ViT; CutPaste", targets="phantom 100 %; phantom heart; phantom probe; phantom anomaly", seeds=2,
                        pretrain_steps=2, finetune_epochs=1, segment_steps=2, anomaly_steps=2),
     **{p.stem: dict(data="phantom:150", pretrain_steps=2, steps=2) for p in RECIPES if "_table" in p.stem},
+    "figures": dict(data="phantom:150", pretrain_steps=2, steps=2, items="afire-fig7,afire-table1"),
     **{p.stem: dict(data="phantom:300" if p.stem == "afire_fig6" else "phantom:150", pretrain_steps=2, steps=2) for p in RECIPES if "_fig" in p.stem},
 }
-PICTURES = {"quickstart", "afire_arms", "benchmark", *(p.stem for p in RECIPES if "_fig" in p.stem)}  # recipes whose page shows figures
+PICTURES = {"quickstart", "afire_arms", "benchmark", "figures", *(p.stem for p in RECIPES if "_fig" in p.stem)}  # recipes whose page shows figures
 
 
 def name(path: Path) -> str:
@@ -121,7 +122,7 @@ def shared_runs(tmp_path_factory) -> str:
 def test_recipe_runs(path, tmp_path, shared_runs):
     "The way of the command `anatcxr`: checked, executed in a folder of its own, rendered as a page."
     assert path.stem in SMOKE, f"add smoke parameters for {path.stem} to SMOKE in this file"
-    page = run_recipe(path.stem, tmp_path / "out", SMOKE[path.stem] | (dict(out=shared_runs) if re.search("_(table|fig)", path.stem) else {}))
+    page = run_recipe(path.stem, tmp_path / "out", SMOKE[path.stem] | (dict(out=shared_runs) if re.search("_(table|fig)|^figures", path.stem) else {}))
     assert page == tmp_path / "out" / f"{path.stem}.html"
     text, title = page.read_text(encoding="utf-8"), read_cells(path)[0]["source"].splitlines()[0].lstrip("# ")
     assert re.search(rf"<h1[^>]*>\s*{re.escape(html.escape(title))}", text), f"no heading {title!r} in {page}"
