@@ -35,7 +35,7 @@ def organ_mask(
     left, right = (masks.get(f"{organ}_{side}") for side in ("left", "right"))
     return None if left is None or right is None else left | right
 
-# %% ../../nbs/6_downstream/04_masked.ipynb #82eb2787
+# %% ../../nbs/6_downstream/04_masked.ipynb #0a4c2fcd
 _HELD = 4 << 30  # bytes of images in memory, at most
 
 
@@ -86,6 +86,13 @@ class MaskedXrays(Dataset):
         res = copy.copy(self)
         res.rows, res.bits, res.left_out = self.rows[here], self.bits[here], {k: n for k, n in self.left_out.items() if k == split}
         res.images = None if self.images is None else self.images[torch.from_numpy(here)]
+        return res
+
+    def divided(self, split) -> "MaskedXrays":  # (N,) of str
+        "The same rows in other splits; '' leaves a row out."
+        res = copy.copy(self)
+        res.data = copy.copy(self.data)
+        res.data.table = self.data.table.assign(split=pd.Series(np.asarray(split, dtype=object), self.rows).reindex(self.data.table.index, fill_value=""))
         return res
 
     @property

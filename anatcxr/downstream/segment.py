@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SegmentRun', 'segment', 'predicted_masks']
 
-# %% ../../nbs/6_downstream/04_segment.ipynb #751df98e
+# %% ../../nbs/6_downstream/04_segment.ipynb #ee4b63e3
 import math
 import os
 import time
@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from ..data.loader import Loader
 from ..data.manifest import ChestXrays, unit
 from ..data.table import _is_store
+from .classify_data import divide_rows
 from .masked import MaskedXrays, apply_warp, position_mask, sample_warp
 from .metrics import bootstrap_ci
 from .segment_settings import SegmentConfig
@@ -88,7 +89,7 @@ class _Work:
     @property
     def finished(self) -> bool: return self.ended and (self.folder / "record.json").exists()
 
-# %% ../../nbs/6_downstream/04_segment.ipynb #27278cd4
+# %% ../../nbs/6_downstream/04_segment.ipynb #97920be4
 def _device(cfg: SegmentConfig) -> torch.device:
     "The device that the settings name, one process on it."
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -106,6 +107,7 @@ def _begin(cfg: SegmentConfig) -> _Work:
         model = Segmenter(encoder, cfg.head, cfg.channels, cfg.aux > 0).to(device)
     rule = None if _is_store(cfg.data) else preprocess.rule
     data = MaskedXrays(ChestXrays(cfg.data, cfg.size, rule, cfg.rows, raw=True, allow_leaks=cfg.allow_leaks), cfg.mask)
+    if cfg.folds or cfg.percent < 100: data = data.divided(divide_rows(cfg, data.table, data.bits.any(1)[:, None])[0])
     parts = {s: data.part(s) for s in ("train", "val", "test") if s != "val" or cfg.select == "best" or "val" in set(data.table.split)}
     loader = Loader(parts["train"], cfg.batch_size, cfg.seed, workers=cfg.workers, pin_memory=device.type == "cuda")
     total = cfg.total_steps(loader.steps_per_epoch)

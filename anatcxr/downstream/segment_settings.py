@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 from ..train.config import Config, ConfigError, LoopConfig
 
-# %% ../../nbs/6_downstream/04_segment_settings.ipynb #ce1b634f
+# %% ../../nbs/6_downstream/04_segment_settings.ipynb #bf2fb770
 @dataclass(frozen=True)
 class SegmentConfig(Config):
     "Settings of a segmentation run; the defaults are a smoke run."
@@ -18,6 +18,10 @@ class SegmentConfig(Config):
     mask: str = "lung"             # organ: the manifest's mask of that name, or both of its sides (_left, _right) together
     rows: str | None = None        # query that selects rows, e.g. "source == 'jsrt'" or "fraction_10 or split != 'train'"
     allow_leaks: bool = False      # accept patients or images in more than one split; the record says so
+    percent: int = 100             # of the training patients: column fraction_<percent> if there is one, else drawn
+    folds: int = 0                 # cross-validation by patient with that many; 0: the manifest's split
+    fold: int = 0                  # which of them
+    split_seed: int = 0            # of folds and of fractions that are drawn
     init: str = "scratch"          # initial weights, as for `initial_encoder`: "run:FOLDER", "peac=FILE", "imagenet", ...
     backbone: str = "micro_swin"   # a micro model or timm's name of a ViT or Swin, the one that `init` is of
     size: int = 96                 # side of the images, pixels
@@ -64,7 +68,12 @@ class SegmentConfig(Config):
     workers: int = 0               # processes that read images; 0 reads in the loop
     progress: bool = True          # draw a bar
 
+    fold_part = "test"  # no setting here, but asked for by what is shared with fine-tuning
+
     RULES = (
+        ("percent", lambda c: 0 < c.percent <= 100, "a share of the training patients: 1 to 100"),
+        ("folds", lambda c: c.folds == 0 or c.folds >= 3, "0 for none; of three folds one tests and one validates"),
+        ("fold folds", lambda c: 0 <= c.fold < max(c.folds, 1), "folds are counted from 0"),
         ("steps epochs", lambda c: (c.steps is None) != (c.epochs is None), "one sets the length of the run, the other must be None"),
         ("mean std", lambda c: (c.mean is None) == (c.std is None), "set both or neither"),
         ("batch_size", lambda c: c.batch_size >= 2, "batch norm needs at least two images in a step"),

@@ -106,7 +106,7 @@ def pretraining(encoder: Encoder, scale: str, seed: int, rows: str | None = "spl
     own = s[f"peac_{encoder.family}"] | dict(backbone=s[encoder.family]) if m == "peac" else s["afire"] if m == "afire" else s["peer"] | dict(backbone=s[encoder.family], size=s["size"]) | _own_size(encoder, s)
     return Task(encoder_name(encoder, seed), m, own | shared | encoder.settings | common)
 
-# %% ../../nbs/8_reproduce/05_grid.ipynb #fe849a2b
+# %% ../../nbs/8_reproduce/05_grid.ipynb #17c6d792
 @dataclass(frozen=True)
 class Target:
     "A column of a table."
@@ -115,6 +115,7 @@ class Target:
     settings: dict           # of that kind, beside those of the scale
     metric: str = "auroc"    # as for `read_scores`
     preset: str | None = None  # at scale full
+    few: dict = field(default_factory=dict)  # more settings below scale full, where a share of the images is a handful
 
 
 def target_task(target: Target, encoder: Encoder, scale: str, seed: int, **common) -> Task:
@@ -126,7 +127,7 @@ def target_task(target: Target, encoder: Encoder, scale: str, seed: int, **commo
     name = f"{target.name} of {encoder_name(encoder, seed)}".replace(" ", "-").replace("%", "percent")
     detector = encoder.detector if target.kind == "anomaly" else {}
     preset = target.preset if scale == "full" else None if target.kind in ("probe", "landmarks") else "smoke"
-    own = s[target.kind] | dict(data="@store", seed=seed, scale=scale, progress=False) | start | common | target.settings | detector
+    own = s[target.kind] | dict(data="@store", seed=seed, scale=scale, progress=False) | start | common | target.settings | (target.few if scale != "full" else {}) | detector
     return Task(name, target.kind, own, preset)
 
 # %% ../../nbs/8_reproduce/05_grid.ipynb #b22ef803

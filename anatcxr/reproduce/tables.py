@@ -84,7 +84,7 @@ def find_source(name: str, there: Mapping[str, DataSource], needs: str = "") -> 
     others = [*_STAND_INS.get(name, "").split(), *there]
     return next((replace(there[o], stands_for=name) for o in others if o in there and fits(there[o])), None)
 
-# %% ../../nbs/8_reproduce/06_tables.ipynb #f980a035
+# %% ../../nbs/8_reproduce/06_tables.ipynb #0f867a36
 _ORGANS = ("lung", "heart", "clavicle")
 
 
@@ -117,14 +117,12 @@ def column_targets(c: PublishedCell, there: Mapping[str, DataSource]) -> tuple[l
     preset = {"segment": "peac" if c.paper == "peac" else "afire", "anomaly": "afire"}.get(kind, "peac_224" if c.paper == "peac" else "afire")
     base = Target(name, kind, own | dict(rows=rows, data=f"@{source.store}"), metric, preset)
     change = lambda more, **kw: replace(base, name=f"{name} {more}", settings=base.settings | kw)
-    if c.setting == "5-C":
-        if kind == "finetune": return [change(f"fold {k}", folds=5, fold=k) for k in range(5)], source
-        raise TaskError([f"{c.column}: segmentation in five folds needs a manifest for each fold"])
+    if c.setting == "5-C": return [change(f"fold {k}", folds=5, fold=k) for k in range(5)], source
     percent = int(c.setting[:-1]) if c.setting.endswith("%") else 100
     if percent == 100: return [base], source
-    if kind == "finetune": return [change(f"{percent} %", percent=percent, **(dict(batch_size=4) if percent <= 10 else {}))], source
-    if f"fraction_{percent}" not in source.columns: raise TaskError([f"{c.column}: {source.name} has no column fraction_{percent}; prepare it with fractions"])
-    return [change(f"{percent} %", rows=_both(rows, f"(fraction_{percent} == True or split != 'train')"))], source
+    part = change(f"{percent} %", percent=percent)
+    if percent <= 10: part = replace(part, few=dict(batch_size=4 if kind == "finetune" else 2), preset=f"{preset}_{percent}" if (kind, preset) == ("finetune", "afire") else preset)
+    return [part], source
 
 # %% ../../nbs/8_reproduce/06_tables.ipynb #0d93bd8b
 TABLE_ROWS = {
