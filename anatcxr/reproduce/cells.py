@@ -6,9 +6,9 @@
 __all__ = ['CellError', 'TestScores', 'read_scores', 'Cell', 'cell', 'fold_cell', 'difference', 'seed_test', 'cell_table',
            'cell_text', 'wide_table']
 
-# %% ../../nbs/8_reproduce/04_cells.ipynb #828515fc
+# %% ../../nbs/8_reproduce/04_cells.ipynb #8c0893f6
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +82,7 @@ def read_scores(
     else: raise CellError(f"{folder}: a run of kind {record.kind!r} has no {metric!r}; its predictions have {[*table]}")
     return TestScores(record, test.id.to_numpy(str), test.patient.to_numpy(str), y, s, fn)
 
-# %% ../../nbs/8_reproduce/04_cells.ipynb #7ad3d6da
+# %% ../../nbs/8_reproduce/04_cells.ipynb #8189c27c
 @dataclass(frozen=True)
 class Cell:
     "One number of a table."
@@ -122,6 +122,12 @@ def cell(
         if other or not np.array_equal(s.ids, first.ids):
             raise CellError(f"{f} and {folders[0]} differ in {', '.join(other) or 'their test images'}, so they are not seeds of one number")
     if len({s.record.seed for s in found}) < len(found): raise CellError(f"{[str(f) for f in folders]}: two runs have the same seed")
+    return _as_cell(found, metric, n)
+
+
+def _as_cell(found: Sequence[TestScores], metric: str, n: int) -> Cell:  # a seed each
+    "The number and its interval."
+    first = found[0]
     runs = tuple(float(s.fn(s.y, s.score)) for s in found)
     given = first.fn, first.patients, first.y
     if np.isnan(runs).any(): i = Interval(np.nan, np.nan, np.nan, .95, len(set(first.patients)), 0, "", "undefined")
@@ -130,22 +136,26 @@ def cell(
     r = first.record
     return Cell(i.value, i.low, i.high, runs, r.kind, metric, r.scale, r.split_hash, len(set(first.patients)), tuple(found))
 
-# %% ../../nbs/8_reproduce/04_cells.ipynb #486762fa
+# %% ../../nbs/8_reproduce/04_cells.ipynb #5ae2544a
+def _pooled(folds: Sequence[TestScores]) -> TestScores:
+    "Folds as one test: the metric is their mean, and y says in front which fold a row is of."
+    who, at = np.concatenate([s.patients for s in folds]), np.repeat(np.arange(len(folds)), [len(s.ids) for s in folds])
+    if len(set(zip(who, at))) > len(set(who)): raise CellError(f"folds share test patients, for instance of {folds[0].record.settings.get('out') or folds[0].record.split_hash}")
+    y, score = (np.concatenate([getattr(s, k) for s in folds]) for k in ("y", "score"))
+    fn, own = folds[0].fn, lambda y: y[:, 1] if y.shape[1] == 2 else y[:, 1:]
+    parts = lambda y: [y[:, 0] == k for k in range(len(folds))]
+    def mean(y, score): return np.mean([fn(own(y)[p], score[p]) for p in parts(y)])
+    if hasattr(fn, "weighted"): mean.weighted = lambda w, y, score: np.mean([fn.weighted(w[:, p], own(y)[p], score[p]) for p in parts(y)], 0)
+    record = replace(folds[0].record, split_hash=stamp([s.record.split_hash for s in folds]))
+    return TestScores(record, np.concatenate([s.ids for s in folds]), who, np.column_stack([at, y]), score, mean)
+
+
 def fold_cell(
-    folders: Sequence[str | Path],  # of the runs, each of other test patients
-    metric: str = "auroc", n: int = 1000,  # as for `cell`
+    folders: Sequence[Sequence[str | Path]],  # for each seed its runs, each of other test patients
+    metric: str = "auroc", n: int = 1000,     # as for `cell`
 ) -> Cell:
-    "Runs of cross-validation as one number. `CellError` if two of them have a test patient in common."
-    found = [read_scores(f, metric) for f in folders]
-    who, fold = np.concatenate([s.patients for s in found]), np.repeat(np.arange(len(found)), [len(s.ids) for s in found])
-    if len(set(zip(who, fold))) > len(set(who)): raise CellError(f"{[str(f) for f in folders]}: folds share test patients")
-    parts, fn = [fold == k for k in range(len(found))], found[0].fn
-    runs = tuple(float(fn(s.y, s.score)) for s in found)
-    mean = lambda at, y, score: np.mean([fn(y[at == k], score[at == k]) for k in range(len(found))])
-    if hasattr(fn, "weighted"): mean.weighted = lambda w, at, y, score: np.mean([fn.weighted(w[:, p], y[p], score[p]) for p in parts], 0)
-    y, score = (np.concatenate([getattr(s, k) for s in found]) for k in ("y", "score"))
-    i, r = bootstrap_ci(mean, who, fold, y, score, n=n), found[0].record
-    return Cell(i.value, i.low, i.high, runs, r.kind, metric, r.scale, stamp([s.record.split_hash for s in found]), len(set(who)), tuple(found))
+    "Cross-validation as one number, of one seed or several. `CellError` if two folds have a test patient in common."
+    return _as_cell([_pooled([read_scores(f, metric) for f in seed]) for seed in folders], metric, n)
 
 # %% ../../nbs/8_reproduce/04_cells.ipynb #05e47a92
 def _check_column(cells: Mapping[str, Cell]):

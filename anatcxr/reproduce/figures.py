@@ -132,13 +132,14 @@ def figure_plan(paper: str, figure: int, cfg: TableConfig) -> FigurePlan:
     measured = [t for ts in targets.values() for t in ts]
     return FigurePlan(paper, figure, cfg, encoders, targets, there, pair_tasks([(e, measured) for e in encoders], there, cfg, every=True), notes)
 
-# %% ../../nbs/8_reproduce/06_figures.ipynb #5042238b
+# %% ../../nbs/8_reproduce/06_figures.ipynb #55c1519c
 def figure_cells(plan: FigurePlan, what: str, metric: str | None = None, n: int = 1000) -> dict[str, Cell]:  # encoder -> cell
     "The measurement of every encoder whose runs are done; folds become one number."
     found = {}
     for e in plan.encoders:
-        runs, m = plan.runs(e, what), metric or plan.targets[what][0].metric
-        if all((r / "record.json").is_file() for r in runs): found[e.name] = fold_cell(runs, m, n) if len(plan.targets[what]) > 1 else cell(runs, m, n)
+        runs, m, folds = plan.runs(e, what), metric or plan.targets[what][0].metric, len(plan.targets[what])
+        if not all((r / "record.json").is_file() for r in runs): continue
+        found[e.name] = fold_cell([runs[i:i + folds] for i in range(0, len(runs), folds)], m, n) if folds > 1 else cell(runs, m, n)
     return found
 
 

@@ -84,7 +84,7 @@ def find_source(name: str, there: Mapping[str, DataSource], needs: str = "") -> 
     others = [*_STAND_INS.get(name, "").split(), *there]
     return next((replace(there[o], stands_for=name) for o in others if o in there and fits(there[o])), None)
 
-# %% ../../nbs/8_reproduce/06_tables.ipynb #0f867a36
+# %% ../../nbs/8_reproduce/06_tables.ipynb #67923761
 _ORGANS = ("lung", "heart", "clavicle")
 
 
@@ -121,7 +121,7 @@ def column_targets(c: PublishedCell, there: Mapping[str, DataSource]) -> tuple[l
     percent = int(c.setting[:-1]) if c.setting.endswith("%") else 100
     if percent == 100: return [base], source
     part = change(f"{percent} %", percent=percent)
-    if percent <= 10: part = replace(part, few=dict(batch_size=4 if kind == "finetune" else 2), preset=f"{preset}_{percent}" if (kind, preset) == ("finetune", "afire") else preset)
+    if percent <= 10: part = replace(part, few=dict(batch_size=4 if kind == "finetune" and percent > 1 else 2), preset=f"{preset}_{percent}" if (kind, preset) == ("finetune", "afire") else preset)
     return [part], source
 
 # %% ../../nbs/8_reproduce/06_tables.ipynb #0d93bd8b
@@ -207,14 +207,14 @@ def table_plan(paper: str, table: int, cfg: TableConfig) -> TablePlan:
         notes.append(f"{', '.join(c for c, h in headings.items() if h == heading)}: measured on {heading}, so these numbers are none of the published column")
     return TablePlan(paper, table, cfg, cells, pair_tasks([*cells.values()], there, cfg), headings, notes)
 
-# %% ../../nbs/8_reproduce/06_tables.ipynb #cfebb385
+# %% ../../nbs/8_reproduce/06_tables.ipynb #11a4b16b
 def table_cells(plan: TablePlan, out: str | Path, n: int = 1000) -> dict[str, dict[str, Cell]]:  # row -> column -> cell
     "The cells whose runs are all done."
     folders, found = task_folders(plan.tasks, out), {}
     for (row, column), (e, targets) in plan.cells.items():
-        runs = [[folders[target_task(t, e, plan.cfg.scale, seed).name] for seed in range(plan.cfg.seeds)] for t in targets]
+        runs = [[folders[target_task(t, e, plan.cfg.scale, seed).name] for t in targets] for seed in range(plan.cfg.seeds)]
         if not all((f / "record.json").is_file() for r in runs for f in r): continue
-        found.setdefault(row, {})[column] = cell(runs[0], targets[0].metric, n) if len(runs) == 1 else fold_cell([f for r in runs for f in r], targets[0].metric, n)
+        found.setdefault(row, {})[column] = cell([r[0] for r in runs], targets[0].metric, n) if len(targets) == 1 else fold_cell(runs, targets[0].metric, n)
     return found
 
 
