@@ -110,7 +110,8 @@ def test_two_processes_compute_what_one_does(method, recipe, settings, tmp_path)
     assert len(two) == 6
     for a, b in zip(one.history.to_dict("records"), two):
         for key in [k for k in a if k.startswith("loss")] + ["grad_norm"]:
-            assert a[key] == pytest.approx(b[key], rel=2e-3, abs=1e-5), (key, a["step"])
+            close = dict(abs=1e-5) if a["step"] == 1 and key != "grad_norm" else dict(rel=2e-3, abs=1e-5)  # sums in another order drift apart
+            assert a[key] == pytest.approx(b[key], **close), (key, a["step"])
     ends = [load_checkpoint(tmp_path / n / "checkpoint.pt")["method"] for n in ("one", "two")]
     for name in [k for k in ends[0] if k == "prototypes.C"]:
         assert (ends[0][name] - ends[1][name]).abs().max() < 2e-3
