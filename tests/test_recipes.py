@@ -27,10 +27,15 @@ SMOKE: dict[str, dict] = {
     "downstream": dict(data="phantom:100", encoders="untrained ViT; AFiRe ViT; CutPaste", targets="phantom 100 %; phantom heart; phantom probe; phantom anomaly", seeds=2,
                        pretrain_steps=2, finetune_epochs=1, segment_steps=2, anomaly_steps=2),
     **{p.stem: dict(data="phantom:150", pretrain_steps=2, steps=2) for p in RECIPES if "_table" in p.stem},
+    "pretrain": dict(data="phantom:60", settings="steps=3; batch_size=8"),
+    "finetune": dict(data="phantom:100", settings="steps=3; epochs=null; size=112; resize=112; bootstrap=50"),
+    "probe": dict(data="phantom:100", settings="size=112; bootstrap=50"),
+    "segment": dict(data="phantom:60", settings="steps=3; batch_size=4; bootstrap=50"),
+    "anomaly": dict(data="phantom:100", settings="steps=3; batch_size=8; bootstrap=50"),
     "figures": dict(data="phantom:150", pretrain_steps=2, steps=2, items="afire-fig7,afire-table1"),
     **{p.stem: dict(data="phantom:300" if p.stem == "afire_fig6" else "phantom:150", pretrain_steps=2, steps=2) for p in RECIPES if "_fig" in p.stem},
 }
-PICTURES = {"quickstart", "afire_arms", "benchmark", "figures", *(p.stem for p in RECIPES if "_fig" in p.stem)}  # recipes whose page shows figures
+PICTURES = {"quickstart", "afire_arms", "benchmark", "figures", "pretrain", "finetune", "probe", "segment", "anomaly", *(p.stem for p in RECIPES if "_fig" in p.stem)}  # recipes whose page shows figures
 
 
 def name(path: Path) -> str:

@@ -21,8 +21,9 @@ from ..methods.afire import AFIRE_TABLE1
 from ..train.checked import Config, ConfigError
 from ..train.config import MICRO_AFIRE, MICRO_PEER, SMALL_AFIRE
 
-# %% ../../nbs/8_reproduce/05_grid.ipynb #816dde05
+# %% ../../nbs/8_reproduce/05_grid.ipynb #543be9e2
 _PEAC = dict(n=10, m=16, k=7, mlp_global="256-256-256", mlp_local="256-256-256", drop_path=0., ema_base=.99, batch_size=32)
+_POPAR = dict(epochs=400, steps=None, optimiser="sgd", lr=.1, weight_decay=0., warmup=5 / 400, clip=None)  # PEAC's own are not published
 SCALE_SETTINGS = {
     "smoke": dict(
         size=112, sizes=dict(resnet=96), seed_size=160, half=64, vit="micro_vit", swin="micro_swin", resnet="resnet10t", afire=MICRO_AFIRE | dict(lr=1e-3, steps=400, batch_size=32),
@@ -42,8 +43,8 @@ SCALE_SETTINGS = {
         anomaly=dict(steps=1000, batch_size=32, precision="bf16")),
     "full": dict(
         size=224, seed_size=608, half=224, vit="vit_base_patch16_224", swin="swin_base_patch4_window7_224", resnet="resnet50",
-        afire=dict(epochs=800, steps=None, batch_size=512), peer=dict(epochs=400, steps=None, batch_size=256, source=224, rule="squash"),
-        peac_vit=dict(n=19, m=16, k=14, epochs=400, steps=None, batch_size=64), peac_swin=dict(epochs=400, steps=None, batch_size=32),
+        afire=dict(epochs=800, steps=None, batch_size=512, warmup=10 / 800), peer=dict(epochs=400, steps=None, batch_size=256, source=224, rule="squash"),
+        peac_vit=_POPAR | dict(n=19, m=16, k=14, batch_size=64), peac_swin=_POPAR | dict(batch_size=32),
         finetune={}, segment={}, probe={}, anomaly={}, landmarks=dict(size=224)),  # their presets say the rest
 }
 
