@@ -17,6 +17,7 @@ from anatcxr.cli import run_recipe
 from notebooks import ROOT, Declaration, declarations, find_notebooks, parameters, parameters_source, read_cells
 
 RECIPES = [*find_notebooks(under="nbs/recipes"), *find_notebooks(under="nbs/results")]
+FIGURES = [p for p in RECIPES if re.search("_fig|^figures", p.stem)]  # run by test_figures.py, in a process of its own
 PARAMETERISED = [p for p in find_notebooks() if parameters_source(p) is not None]
 
 # Parameters that make a recipe small enough for a test; `out` is the test's. Every recipe has an entry.
@@ -123,15 +124,19 @@ def shared_runs(tmp_path_factory) -> str:
     return str(tmp_path_factory.mktemp("tables"))
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=name)
-def test_recipe_runs(path, tmp_path, shared_runs):
+def run_and_check(path: Path, folder: Path, **parameters):
     "The way of the command `anatcxr`: checked, executed in a folder of its own, rendered as a page."
     assert path.stem in SMOKE, f"add smoke parameters for {path.stem} to SMOKE in this file"
-    page = run_recipe(path.stem, tmp_path / "out", SMOKE[path.stem] | (dict(out=shared_runs) if re.search("_(table|fig)|^figures", path.stem) else {}))
-    assert page == tmp_path / "out" / f"{path.stem}.html"
+    page = run_recipe(path.stem, folder, SMOKE[path.stem] | parameters)
+    assert page == folder / f"{path.stem}.html"
     text, title = page.read_text(encoding="utf-8"), read_cells(path)[0]["source"].splitlines()[0].lstrip("# ")
     assert re.search(rf"<h1[^>]*>\s*{re.escape(html.escape(title))}", text), f"no heading {title!r} in {page}"
     assert path.stem not in PICTURES or 'src="data:image/png;base64,' in text, f"no picture in {page}"
+
+
+@pytest.mark.parametrize("path", [p for p in RECIPES if p not in FIGURES], ids=name)
+def test_recipe_runs(path, tmp_path, shared_runs):
+    run_and_check(path, tmp_path / "out", **(dict(out=shared_runs) if "_table" in path.stem else {}))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)

@@ -1,0 +1,19 @@
+"""The pages of the papers' figures, run at smoke scale."""
+import pytest
+
+from test_recipes import FIGURES, name, run_and_check
+
+
+@pytest.fixture(scope="module")
+def shared_runs(tmp_path_factory) -> str:
+    "A folder for the runs of the figures, which have many in common."
+    return str(tmp_path_factory.mktemp("figures"))
+
+
+@pytest.mark.parametrize("path", FIGURES, ids=name)
+def test_figure_runs(path, tmp_path, shared_runs):
+    run_and_check(path, tmp_path / "out", out=shared_runs)
+
+
+def test_every_figure_is_run():
+    assert len(FIGURES) == 8  # seven figures of two papers, and the recipe for several
