@@ -33,7 +33,7 @@ SMOKE: dict[str, dict] = {
     "probe": dict(data="phantom:100", settings="size=112; bootstrap=50"),
     "segment": dict(data="phantom:60", settings="steps=3; batch_size=4; bootstrap=50"),
     "anomaly": dict(data="phantom:100", settings="steps=3; batch_size=8; bootstrap=50"),
-    "figures": dict(data="phantom:150", pretrain_steps=2, steps=2, items="afire-fig7,afire-table1"),
+    "figures": dict(data="phantom:150", pretrain_steps=2, steps=2, items="peac-fig7"),
     **{p.stem: dict(data="phantom:300" if p.stem == "afire_fig6" else "phantom:150", pretrain_steps=2, steps=2) for p in RECIPES if "_fig" in p.stem},
 }
 PICTURES = {"quickstart", "afire_arms", "benchmark", "figures", "pretrain", "finetune", "probe", "segment", "anomaly", *(p.stem for p in RECIPES if "_fig" in p.stem)}  # recipes whose page shows figures
