@@ -6,9 +6,9 @@
 __all__ = ['FIGURE_ROWS', 'CONTROLS', 'FigureConfig', 'landmark_targets', 'FigurePlan', 'figure_plan', 'figure_cells',
            'landmark_table', 'loss_curves', 'roughness', 'finding_aucs']
 
-# %% ../../nbs/8_reproduce/06_figures.ipynb #2be0d1cc
+# %% ../../nbs/8_reproduce/06_figures.ipynb #3d7cd357
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SMALL', 'LEDGER', 'sign_of_eq12', 'first_batch', 'Discrepancy', 'flag_effects', 'ledger_table']
 
-# %% ../../nbs/8_reproduce/00_ledger.ipynb #f0813c45
+# %% ../../nbs/8_reproduce/00_ledger.ipynb #cf481b56
 from dataclasses import dataclass, fields
 
 import pandas as pd
@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..data.rng import uniform
-from ..methods.afire import AFIRE_VARIANTS, AFiReConfig
+from ..methods.afire import AFiReConfig
 from ..methods.contrast import structure_consistency
-from ..methods.peac import VARIANTS, PEACConfig
+from ..methods.peac import PEACConfig
 from ..train.config import MICRO_AFIRE
 from ..train.pretrain import addressed_torch
-from ..views.grid import GridParams, overlap_masks
 
 # %% ../../nbs/8_reproduce/00_ledger.ipynb #4538c6f9
 def sign_of_eq12(similarity: str, L: int = 24, K: int = 16, tau: float = .5, steps: int = 400, seed: int = 0) -> float:

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['ITEMS', 'chosen_items', 'item_tasks', 'all_tasks', 'FiguresConfig', 'plan_table', 'start_workers', 'reproduce']
 
-# %% ../../nbs/8_reproduce/07_plan.ipynb #c931d832
+# %% ../../nbs/8_reproduce/07_plan.ipynb #c7717a4f
 import difflib
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pandas as pd
