@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ProbeConfig', 'ProbeRun', 'probe', 'probe_main']
 
-# %% ../../nbs/6_downstream/05_probe_run.ipynb #2a5d7079
+# %% ../../nbs/6_downstream/05_probe_run.ipynb #6e47b520
 import hashlib
 import json
 import time
@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import tyro
 from .classifier import class_probabilities, starting_encoder
+from .classify_config import DIVISION_RULES
 from .classify_data import ClassifyData, class_metrics, classify_data
 from .finetune import _number, _report
 from .intervals import bootstrap_many, two_level_ci
@@ -26,7 +27,7 @@ from ..train.config import Config, ConfigError
 from ..train.pretrain import _accelerator, addressed_torch, run_command, same_run
 from ..train.record import Record, environment, peak_memory, read_record, split_stamp, stamp, start_method, state_hash, write_record
 
-# %% ../../nbs/6_downstream/05_probe_run.ipynb #30023452
+# %% ../../nbs/6_downstream/05_probe_run.ipynb #d2662808
 @dataclass(frozen=True)
 class ProbeConfig(Config):
     "Settings of a probe; the defaults are a penalised linear one on mean tokens."
@@ -82,10 +83,7 @@ class ProbeConfig(Config):
         *((name, lambda c, n=name: bool(getattr(c, n).strip()), "must not be empty") for name in ("data", "out", "cache", "init")),
         *((name, lambda c, n=name: bool(getattr(c, n)) and all(v > 0 for v in getattr(c, n)), "one or more numbers above 0") for name in ("cs", "lrs")),
         ("resize size", lambda c: not (c.resize and c.size) or c.resize >= c.size, "what is cut out must fit: at least size"),
-        ("percent", lambda c: 0 < c.percent <= 100, "a share of the training patients: 1 to 100"),
-        ("folds fold_part", lambda c: c.folds == 0 or c.folds >= (3 if c.fold_part == "test" else 2),
-         "0 for none; of three folds one tests and one validates, two are enough if only train and val are divided"),
-        ("fold folds", lambda c: 0 <= c.fold < max(c.folds, 1), "folds are counted from 0"),
+        *DIVISION_RULES,
         ("labels task", lambda c: not c.labels or c.task == "multilabel", "are of multilabel; else label_column says what is learnt"),
         ("block last", lambda c: c.block is None or c.last == 1, "one block, or the last ones"),
         ("draws", lambda c: c.draws >= 2, "at least two, to see how they differ"),
@@ -143,7 +141,7 @@ def _over_draws(cfg: ProbeConfig, names: tuple[str, ...], table: pd.DataFrame, y
         res[f"test/{name}/spread"] = f and float(np.std([fn(args[0], s) for s in args[1]], ddof=1))
     return res
 
-# %% ../../nbs/6_downstream/05_probe_run.ipynb #b6168a91
+# %% ../../nbs/6_downstream/05_probe_run.ipynb #a65a78bc
 class ProbeRun(NamedTuple):
     "What `probe` returns."
     folder: Path               # predictions.parquet, record.json
@@ -157,8 +155,8 @@ def _inputs(data: ClassifyData, weights: str) -> str:
     return f"images {data.images.fingerprint}, rows {split_stamp(data.table)[:12]}, targets {targets[:12]}, first weights {weights[:12]}"
 
 
-def _there(cfg: ProbeConfig, inputs: str) -> bool:
-    "Whether the folder has a record of this probe; `CheckpointError` if it is of another."
+def _there(cfg: Config, inputs: str) -> bool:
+    "Whether the folder has a record of these settings and inputs; `CheckpointError` if it is of others."
     folder = Path(cfg.out)
     if not (cfg.resume and (folder / "record.json").exists()): return False
     old, keys = read_record(folder), cfg.fixed()

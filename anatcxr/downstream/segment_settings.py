@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['SEGMENT_PRESETS', 'SegmentConfig']
 
-# %% ../../nbs/6_downstream/04_segment_settings.ipynb #c34fda6f
+# %% ../../nbs/6_downstream/04_segment_settings.ipynb #5cbb3032
 from dataclasses import asdict, dataclass
 from typing import Literal
+from .classify_config import DIVISION_RULES
 from ..train.config import Config, ConfigError, LoopConfig
 
-# %% ../../nbs/6_downstream/04_segment_settings.ipynb #bf2fb770
+# %% ../../nbs/6_downstream/04_segment_settings.ipynb #e16705d4
 @dataclass(frozen=True)
 class SegmentConfig(Config):
     "Settings of a segmentation run; the defaults are a smoke run."
@@ -71,9 +72,7 @@ class SegmentConfig(Config):
     fold_part = "test"  # no setting here, but asked for by what is shared with fine-tuning
 
     RULES = (
-        ("percent", lambda c: 0 < c.percent <= 100, "a share of the training patients: 1 to 100"),
-        ("folds", lambda c: c.folds == 0 or c.folds >= 3, "0 for none; of three folds one tests and one validates"),
-        ("fold folds", lambda c: 0 <= c.fold < max(c.folds, 1), "folds are counted from 0"),
+        *DIVISION_RULES,
         ("steps epochs", lambda c: (c.steps is None) != (c.epochs is None), "one sets the length of the run, the other must be None"),
         ("mean std", lambda c: (c.mean is None) == (c.std is None), "set both or neither"),
         ("batch_size", lambda c: c.batch_size >= 2, "batch norm needs at least two images in a step"),

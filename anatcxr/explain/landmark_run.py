@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LandmarkConfig', 'landmark_descriptors', 'LandmarkRun', 'landmark_run']
 
-# %% ../../nbs/7_explain/01_landmark_run.ipynb #911d5c49
+# %% ../../nbs/7_explain/01_landmark_run.ipynb #35f1401f
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -13,21 +13,21 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 import numpy as np
 import pandas as pd
-import torch
 from torch import Tensor
 from ..data.manifest import ChestXrays
 from ..data.table import _is_store
 from ..downstream.classifier import starting_encoder
 from ..downstream.intervals import bootstrap_ci
+from ..downstream.probe_run import _there
 from .correspondence import TokenMaps, landmark_errors
 from .descriptors import descriptor_controls, descriptors, log_bins, pixel_maps
 from .landmarks import LandmarkSet, landmark_set, recrop, sample_crops, sample_pairs
 from ..models.backbones import Backbone, Preprocess
 from ..train.checked import Config
-from ..train.pretrain import addressed_torch, same_run
-from ..train.record import Record, environment, peak_memory, read_record, split_stamp, stamp, start_method, state_hash, write_record
+from ..train.pretrain import _accelerator, addressed_torch
+from ..train.record import Record, environment, peak_memory, split_stamp, stamp, start_method, state_hash, write_record
 
-# %% ../../nbs/7_explain/01_landmark_run.ipynb #f94ed3ae
+# %% ../../nbs/7_explain/01_landmark_run.ipynb #3ee42500
 @dataclass(frozen=True)
 class LandmarkConfig(Config):
     "Settings of a landmark run."
@@ -65,7 +65,7 @@ class LandmarkConfig(Config):
         ("patients", lambda c: c.patients >= 2, "at least two, to compare them"),
         ("shortest", lambda c: 0 < c.shortest <= 1, "a share of the image: above 0, at most 1"),
     )
-    drop_path = 0.  # no setting here, but asked for by what is shared with fine-tuning
+    drop_path, precision, batch_size, accum = 0., "fp32", 1, 1  # no settings here, but asked for by what is shared with fine-tuning
 
     def fixed(self) -> dict:
         "The settings that the numbers depend on, as JSON has them; data and first weights are compared by their hashes."
@@ -100,7 +100,7 @@ def _errors(cfg: LandmarkConfig, encoder: Backbone, preprocess: Preprocess, land
         tables.append(landmark_errors(found, there, pairs, frame, cells=cfg.cells))
     return pd.concat(tables, ignore_index=True)
 
-# %% ../../nbs/7_explain/01_landmark_run.ipynb #63c85b4d
+# %% ../../nbs/7_explain/01_landmark_run.ipynb #909d931d
 class LandmarkRun(NamedTuple):
     "What `landmark_run` returns."
     folder: Path               # predictions.parquet, record.json
@@ -124,17 +124,14 @@ def _by_patient(errors: pd.DataFrame) -> pd.DataFrame:
 
 def landmark_run(cfg: LandmarkConfig) -> LandmarkRun:
     "Measure an encoder's landmark error as `cfg` says, once. Raises `LandmarkError`, `DescriptorError`, and what its data and weights raise."
-    folder, device = Path(cfg.out), torch.device(_device(cfg.device))
+    folder, device = Path(cfg.out), _accelerator(cfg).device
     with addressed_torch(cfg.seed, 0, "weights"): encoder, preprocess = starting_encoder(cfg)
     size, rule = (None, None) if _is_store(cfg.data) else (preprocess.size, preprocess.rule)
     data = ChestXrays(cfg.data, size, rule, cfg.rows, allow_leaks=cfg.allow_leaks)
     weights = state_hash(encoder.state_dict())
     inputs = f"images {data.fingerprint}, rows {split_stamp(data.table)[:12]}, first weights {weights[:12]}"
     run = LandmarkRun(folder, folder / "record.json", None)
-    if cfg.resume and run.record.exists():
-        old = read_record(folder)
-        same_run(run.record, {"settings": {k: old.settings.get(k) for k in cfg.fixed()}, "data_hash": old.flags.get("inputs")}, cfg, inputs)
-        return run._replace(predictions=pd.read_parquet(folder / "predictions.parquet"))
+    if _there(cfg, inputs): return run._replace(predictions=pd.read_parquet(folder / "predictions.parquet"))
     start = time.perf_counter()
     landmarks = landmark_set(data, cfg.patients, cfg.points)
     if landmarks.size != preprocess.size: landmarks = recrop(landmarks, preprocess.size)
@@ -150,8 +147,3 @@ def landmark_run(cfg: LandmarkConfig) -> LandmarkRun:
         flags={"inputs": inputs, "landmarks": landmarks.names, "start": start_method(cfg.init)}, settings=asdict(cfg), metrics=metrics,
         seconds=round(time.perf_counter() - start, 2), memory_gib=round(peak_memory(device), 3), environment=environment(device)), table)
     return run._replace(predictions=table)
-
-
-def _device(name: str) -> str:
-    if name != "auto": return name
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

@@ -115,19 +115,15 @@ def push_encoder(
     api.upload_folder(repo_id=repo_id, folder_path=str(folder), commit_message="encoder exported by anatcxr")
     return str(address)
 
-# %% ../../nbs/8_reproduce/08_export.ipynb #a20ca156
+# %% ../../nbs/8_reproduce/08_export.ipynb #ce77dd3f
 class _Graph(nn.Module):
     def __init__(self, encoder: Backbone, preprocess: Preprocess):
         super().__init__()
-        self.model, self.is_swin = encoder.model, encoder.is_swin
-        self.first = 0 if encoder.is_swin or encoder.is_resnet else encoder.model.num_prefix_tokens
-        self.is_resnet = encoder.is_resnet
-        for k in ("mean", "std"): self.register_buffer(k, torch.tensor(np.broadcast_to(getattr(preprocess, k), 3).copy(), dtype=torch.float32).view(3, 1, 1))
+        self.encoder, self.preprocess = encoder, preprocess
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:  # (B,1,S,S) -> (B,L,D), (B,D)
-        x = self.model.forward_features((images.expand(-1, 3, -1, -1) - self.mean) / self.std)
-        x = x.flatten(2).mT if self.is_resnet else x.flatten(1, 2) if self.is_swin else x[:, self.first:]
-        return x, x.mean(1)
+        tokens = self.encoder.tokens(self.preprocess.normalise(images))
+        return tokens, tokens.mean(1)
 
 
 def export_graph(

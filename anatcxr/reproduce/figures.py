@@ -6,7 +6,7 @@
 __all__ = ['FIGURE_ROWS', 'CONTROLS', 'FigureConfig', 'landmark_targets', 'FigurePlan', 'figure_plan', 'figure_cells',
            'landmark_table', 'loss_curves', 'roughness', 'finding_aucs']
 
-# %% ../../nbs/8_reproduce/06_figures.ipynb #3d7cd357
+# %% ../../nbs/8_reproduce/06_figures.ipynb #687c8d08
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,15 +19,15 @@ from ..downstream.intervals import bootstrap_ci
 from ..downstream.metrics import auroc
 from ..models.backbones import Backbone, Preprocess
 from ..models.checkpoints import initial_encoder
-from .cells import Cell, cell, cell_table, fold_cell, read_scores
-from .grid import ENCODERS, SCALE_SETTINGS, Encoder, Target, encoder_name, source_encoder, target_task
+from .cells import Cell, cell_table, read_scores, runs_cell
+from .grid import ENCODERS, SCALE_SETTINGS, Encoder, Target, encoder_name, source_encoder
 from .published import PublishedCell, published
 from .runs import Task, TaskError, task_folders
-from .tables import DataSource, TableConfig, _weights_problem, column_targets, data_sources, find_source, pair_tasks
+from .tables import DataSource, TableConfig, _both, _weights_problem, column_targets, data_sources, find_source, pair_tasks, target_folders
 from ..train.pretrain import addressed_torch
 from ..train.record import read_metrics
 
-# %% ../../nbs/8_reproduce/06_figures.ipynb #dfbb6f6e
+# %% ../../nbs/8_reproduce/06_figures.ipynb #b6e279c3
 FIGURE_ROWS = {
     ("peac", 4): ("PEAC ViT", "PEAC by location ViT", "PEAC by feature ViT", "PEAC swapped ViT"),
     ("peac", 5): ("untrained ViT", "PEAC ViT", "AFiRe ViT", "untrained Swin", "PEAC Swin", "ImageNet ViT", "ImageNet DINO ViT"),
@@ -39,11 +39,10 @@ FIGURE_ROWS = {
 }
 
 
-def _published_target(paper: str, table: int, column: str, there: Mapping[str, DataSource]) -> tuple[list[Target], str]:
+def _published_target(paper: str, table: int, column: str, there: Mapping[str, DataSource]) -> tuple[list[Target], DataSource]:
     "The targets of a published column, and the data they are of."
     c = next(PublishedCell(**r) for r in published(paper, table).to_dict("records") if r["column"] == column)
-    targets, source = column_targets(c, there)
-    return targets, source.name + (" (stand-in)" if source.stands_for else "")
+    return column_targets(c, there)
 
 # %% ../../nbs/8_reproduce/06_figures.ipynb #44ad6214
 @dataclass(frozen=True)
@@ -54,16 +53,15 @@ class FigureConfig(TableConfig):
     pretrain_steps: int = 0    # optimiser steps of pretraining; 0: those of the scale
     steps: int = 0             # optimiser steps of every run after it; 0: those of the scale
 
-# %% ../../nbs/8_reproduce/06_figures.ipynb #889f4d96
-_MANY_LABELS = {("peac", 4): [("peac", 1, "ChestX-ray14")], ("afire", 7): [("peac", 1, "ChestX-ray14")],
-                ("afire", 6): [("afire", 2, f"NIH {s}") for s in ("1%", "10%", "100%", "5-C")]}
+# %% ../../nbs/8_reproduce/06_figures.ipynb #b590d826
+_COLUMNS = {("peac", 4): [("peac", 1, "ChestX-ray14")], ("afire", 7): [("peac", 1, "ChestX-ray14")],
+            ("afire", 6): [("afire", 2, f"NIH {s}") for s in ("1%", "10%", "100%", "5-C")]}
 
 
 def landmark_targets(there: Mapping[str, DataSource]) -> list[Target]:
     "Landmark errors on the test patients of every source that has landmarks."
     have = [s for s in there.values() if "landmarks" in s.columns or s.name == "phantom"]
-    rows = lambda s: " and ".join(q for q in (s.rows, "split == 'test'") if q)
-    return [Target(f"landmarks {s.name}", "landmarks", dict(rows=rows(s), data=f"@{s.store}"), "cut/own") for s in have]
+    return [Target(f"landmarks {s.name}", "landmarks", dict(rows=_both(s.rows, "split == 'test'"), data=f"@{s.store}"), "cut/own") for s in have]
 
 
 @dataclass(frozen=True)
@@ -83,9 +81,9 @@ class FigurePlan:
         "Name of each task -> folder of its run."
         return task_folders(self.tasks, Path(self.cfg.out) / "runs")
 
-    def runs(self, encoder: Encoder, what: str) -> list[Path]:
-        "Folders of a measurement of an encoder: seeds, and of each its folds."
-        return [self.folders[target_task(t, encoder, self.cfg.scale, seed).name] for seed in range(self.cfg.seeds) for t in self.targets[what]]
+    def runs(self, encoder: Encoder, what: str) -> list[list[Path]]:
+        "Folders of a measurement of an encoder: for each seed one, or a fold each."
+        return target_folders(encoder, self.targets[what], self.folders, self.cfg)
 
     def pretrained(self, encoder: Encoder, seed: int = 0) -> Path | None:
         "Folder of the encoder's own pretraining; None for weights that come from elsewhere."
@@ -106,9 +104,7 @@ class FigurePlan:
         "Rows of a data set, or of a stand-in that has the column `needs`, in the size of the scale. `TaskError` if there is none."
         source = find_source(name, self.there, needs)
         if source is None: raise TaskError([f"figure {self.figure} of {self.paper}: no data with {needs}; the data have {', '.join(self.there)}"])
-        query = " and ".join(q for q in (source.rows, rows) if q) or None
-        store = self.folders.get(source.store, source.data)
-        return ChestXrays(store, SCALE_SETTINGS[self.cfg.scale]["size"], "squash", rows=query, allow_leaks=self.cfg.allow_leaks)
+        return ChestXrays(self.folders[source.store], SCALE_SETTINGS[self.cfg.scale]["size"], "squash", rows=_both(source.rows, rows), allow_leaks=self.cfg.allow_leaks)
 
     def caption(self, images: ChestXrays) -> str:
         "Data, scale, and whether it is synthetic."
@@ -125,22 +121,18 @@ def figure_plan(paper: str, figure: int, cfg: TableConfig) -> FigurePlan:
         if problem: notes.append(f"{e.name}: {problem}; left out")
         else: encoders.append(e)
     if (paper, figure) in (("peac", 4), ("peac", 5)): targets |= {t.name: [t] for t in landmark_targets(there)}
-    for p, table, column in _MANY_LABELS.get((paper, figure), ()):
+    for p, table, column in _COLUMNS.get((paper, figure), ()):
         name = column.replace("NIH", "ChestX-ray14")
-        targets[name], data = _published_target(p, table, column, there)
-        if "stand-in" in data: notes.append(f"{name}: measured on {data}")
+        targets[name], source = _published_target(p, table, column, there)
+        if source.stands_for: notes.append(f"{name}: measured on {source.heading}")
     measured = [t for ts in targets.values() for t in ts]
     return FigurePlan(paper, figure, cfg, encoders, targets, there, pair_tasks([(e, measured) for e in encoders], there, cfg, every=True), notes)
 
-# %% ../../nbs/8_reproduce/06_figures.ipynb #55c1519c
+# %% ../../nbs/8_reproduce/06_figures.ipynb #d7afe754
 def figure_cells(plan: FigurePlan, what: str, metric: str | None = None, n: int = 1000) -> dict[str, Cell]:  # encoder -> cell
     "The measurement of every encoder whose runs are done; folds become one number."
-    found = {}
-    for e in plan.encoders:
-        runs, m, folds = plan.runs(e, what), metric or plan.targets[what][0].metric, len(plan.targets[what])
-        if not all((r / "record.json").is_file() for r in runs): continue
-        found[e.name] = fold_cell([runs[i:i + folds] for i in range(0, len(runs), folds)], m, n) if folds > 1 else cell(runs, m, n)
-    return found
+    metric = metric or plan.targets[what][0].metric
+    return {e.name: c for e in plan.encoders if (c := runs_cell(plan.runs(e, what), metric, n))}
 
 
 CONTROLS = {"position alone": "position", "raw patches": "raw"}
@@ -152,7 +144,7 @@ def landmark_table(plan: FigurePlan, reference: str, frame: str = "cut", within:
     for what in (w for w in plan.targets if w.startswith("landmarks")):
         found = figure_cells(plan, what, f"{frame}/own{more}", n)
         first = plan.runs(next(e for e in plan.encoders if e.name in found), what) if found else []
-        for name, control in CONTROLS.items() if first else (): found[name] = cell(first, f"{frame}/{control}{more}", n)
+        for name, control in CONTROLS.items() if first else (): found[name] = runs_cell(first, f"{frame}/{control}{more}", n)
         for name, c in found.items(): rows.setdefault(name, {})[what.removeprefix("landmarks ")] = c
     return cell_table(rows, reference, n)
 

@@ -6,9 +6,10 @@
 __all__ = ['RunRecipeConfig', 'PretrainRecipe', 'FinetuneRecipe', 'ProbeRecipe', 'SegmentRecipe', 'AnomalyRecipe', 'run_plan',
            'run_once']
 
-# %% ../../nbs/8_reproduce/09_recipe.ipynb #4861fe7e
+# %% ../../nbs/8_reproduce/09_recipe.ipynb #a3982201
 import shutil
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,15 +19,15 @@ import pandas as pd
 import torch
 import yaml
 from ..data.manifest import ChestXrays
-from ..data.table import read_manifest
 from .grid import ENCODERS, pretraining
 from .runs import Task, _config, _kind
 from ..train.checked import Config, ConfigError
+from ..train.config import PRETRAIN
 from ..train.record import read_metrics, read_record, split_stamp
 
-# %% ../../nbs/8_reproduce/09_recipe.ipynb #887e83da
+# %% ../../nbs/8_reproduce/09_recipe.ipynb #fb770dd5
 @dataclass(frozen=True)
-class RunRecipeConfig(Config):
+class RunRecipeConfig(Config, ABC):
     "What all recipes ask for."
     data: str = "phantom:150"  # phantom:N, a manifest (CSV or Parquet) or a packed folder
     out: str = "."             # folder of the run
@@ -40,9 +41,8 @@ class RunRecipeConfig(Config):
         if wrong := [p[0].strip() for p in pairs if not p[1]]: raise ConfigError(type(self).__name__, [f"settings: {wrong}; expected name=value, with semicolons between"])
         return {k.strip(): yaml.safe_load(v) for k, _, v in pairs}
 
-    def task(self) -> Task:
-        "The run: kind, preset, settings."
-        raise NotImplementedError
+    @abstractmethod
+    def task(self) -> Task: "The run: kind, preset, settings."
 
     def full(self) -> Config:
         "The whole configuration of the run. `ConfigError` lists everything that is wrong."
@@ -109,7 +109,7 @@ class AnomalyRecipe(RunRecipeConfig):
 
     def task(self) -> Task: return Task("run", "anomaly", dict(init=self.init), self.preset)
 
-# %% ../../nbs/8_reproduce/09_recipe.ipynb #da8cd305
+# %% ../../nbs/8_reproduce/09_recipe.ipynb #c2ef5e61
 def _left(cfg: Config) -> str:
     "What an earlier run has left in its folder."
     folder = Path(cfg.out)
@@ -123,15 +123,14 @@ def _left(cfg: Config) -> str:
 def _steps(cfg: Config, images: int) -> int | None:
     "Optimiser steps of the whole run; None for kinds that have none."
     if getattr(cfg, "steps", None) is not None: return cfg.steps
-    return cfg.epochs * max(images // cfg.batch_size, 1) if getattr(cfg, "epochs", None) and hasattr(cfg, "steps") else None
+    return cfg.epochs * max(images // cfg.batch_size, 1) if hasattr(cfg, "steps") else None
 
 
 def _warm_up(kind: str, cfg: Config, steps: int) -> dict[str, float]:
     "Measured on a few steps: images a second, GiB, size of the folder."
     folder = Path(tempfile.mkdtemp())
     try:
-        few = dict(steps=steps, epochs=None, save_every=steps, log_every=1, warmup=0.) if hasattr(cfg, "steps") else {}
-        short = replace(cfg, out=str(folder / "run"), progress=False, **few, **(dict(bootstrap=20) if hasattr(cfg, "bootstrap") else {}))
+        short = replace(cfg, out=str(folder / "run"), progress=False, steps=steps, epochs=None, save_every=steps, log_every=1, warmup=0., **(dict(bootstrap=20) if hasattr(cfg, "bootstrap") else {}))
         _kind(kind)[1](short)
         record = read_record(folder / "run" / "train" if (folder / "run" / "train" / "record.json").is_file() else folder / "run")
         size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 2**30
@@ -145,14 +144,13 @@ def run_plan(
 ) -> pd.DataFrame:     # what, value
     "What a recipe will do and cost, before it starts. Raises what the run itself would refuse: `ConfigError`, `ManifestError`, missing weights."
     full, kind = cfg.full(), cfg.task().kind
-    read_manifest(full.data, full.allow_leaks)
     table = ChestXrays(full.data, rows=full.rows, allow_leaks=full.allow_leaks).table
     counts, there = table.split.value_counts().to_dict(), _left(full)
-    learnt = len(table) if cfg.task().name != "run" else counts.get("train", 0)
+    learnt = len(table) if kind in PRETRAIN else counts.get("train", 0)
     steps, free = _steps(full, learnt), shutil.disk_usage(next(p for p in [Path(full.out).resolve(), *Path(full.out).resolve().parents] if p.exists())).free / 2**30
     rows = {"run": f"{kind}, scale {full.scale}, seed {full.seed}", "images": ", ".join(f"{v} {k}" for k, v in counts.items()), "split hash": split_stamp(table)[:16],
             "steps": "-" if steps is None else f"{steps} of {full.batch_size} images", "device": "GPU" if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads", "there already": there}
-    if warm_up and not there.startswith("a finished"):
+    if warm_up and hasattr(full, "steps") and not there.startswith("a finished"):  # a probe has no steps: it would be the run itself
         m = _warm_up(kind, full, warm_up)
         if steps and m["images_per_s"]: rows |= {"speed": f"{m['images_per_s']:.1f} images/s in {warm_up} steps", "time": f"about {steps * full.batch_size / m['images_per_s'] / 3600:.2f} hours on this device, validation not counted"}
         rows |= {"memory": f"{m['memory']:.2f} GiB at most, measured", "disk": f"{m['disk']:.3f} GiB of {free:.0f} GiB free"}

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['TABLE_ROWS', 'TableConfig', 'DataSource', 'data_sources', 'find_source', 'column_targets', 'TablePlan', 'pack_tasks',
-           'pair_tasks', 'table_plan', 'table_cells', 'beside_published', 'printed_table', 'write_table']
+           'pair_tasks', 'table_plan', 'target_folders', 'table_cells', 'beside_published', 'printed_table',
+           'write_table']
 
-# %% ../../nbs/8_reproduce/06_tables.ipynb #00357bc7
+# %% ../../nbs/8_reproduce/06_tables.ipynb #c8500911
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -17,7 +18,7 @@ import pandas as pd
 from ..data.manifest import ChestXrays
 from ..data.table import _is_phantom, _is_store, read_manifest
 from ..models.checkpoints import InitialisationError, initial_encoder
-from .cells import Cell, cell, cell_table, cell_text, fold_cell
+from .cells import Cell, cell_table, cell_text, runs_cell
 from .grid import ENCODERS, SCALE_SETTINGS, Encoder, Target, encoder_tasks, target_task
 from .published import PublishedCell, published
 from .runs import Task, TaskError, task_folders
@@ -50,7 +51,7 @@ class TableConfig(Config):
         return {"pretrain": dict(steps=self.pretrain_steps) if self.pretrain_steps else {}, "finetune": few | ({"epochs": None} if few else {}),
                 "segment": few, "anomaly": few, "probe": {}, "landmarks": {}}
 
-# %% ../../nbs/8_reproduce/06_tables.ipynb #032a17b1
+# %% ../../nbs/8_reproduce/06_tables.ipynb #27929124
 @dataclass(frozen=True)
 class DataSource:
     "Where the images of a published data set come from."
@@ -60,6 +61,11 @@ class DataSource:
     columns: tuple[str, ...]  # of its table, those that are filled
     store: str            # name of the task that packs it
     stands_for: str = ""  # the data set that it is a stand-in of
+
+    @property
+    def heading(self) -> str:
+        "The name, and whether it stands in for another."
+        return self.name + (" (stand-in)" if self.stands_for else "")
 
 
 _STAND_INS = {"chexpert": "kermany nih", "rsna": "nih kermany", "siim": "shenzhen jsrt", "nih": "kermany", "mimic": "nih", "kermany": "nih", "shenzhen": "nih", "jsrt": "shenzhen"}
@@ -154,7 +160,7 @@ def _weights_problem(init: str, family: str, scale: str) -> str:
     except InitialisationError as error: return str(error)[:100]
     return ""
 
-# %% ../../nbs/8_reproduce/06_tables.ipynb #3dc05616
+# %% ../../nbs/8_reproduce/06_tables.ipynb #e84b6e24
 @dataclass(frozen=True)
 class TablePlan:
     "What makes a table."
@@ -200,21 +206,25 @@ def table_plan(paper: str, table: int, cfg: TableConfig) -> TablePlan:
         if problem: why.setdefault(problem, {})[c.row] = None; continue
         try: targets, source = column_targets(c, there)
         except TaskError as e: why.setdefault(e.problems[0], {})[c.column] = None; continue
-        headings[c.column] = source.name + (" (stand-in)" if source.stands_for else "")
+        headings[c.column] = source.heading
         cells[c.row, c.column] = encoder, targets
     notes = [f"{', '.join(rows)}: {problem}; published numbers only" for problem, rows in why.items()]
     for heading in dict.fromkeys(h for h in headings.values() if "stand-in" in h):
         notes.append(f"{', '.join(c for c, h in headings.items() if h == heading)}: measured on {heading}, so these numbers are none of the published column")
     return TablePlan(paper, table, cfg, cells, pair_tasks([*cells.values()], there, cfg), headings, notes)
 
-# %% ../../nbs/8_reproduce/06_tables.ipynb #11a4b16b
+# %% ../../nbs/8_reproduce/06_tables.ipynb #7c994f04
+def target_folders(encoder: Encoder, targets: Sequence[Target], folders: Mapping[str, Path], cfg: TableConfig) -> list[list[Path]]:
+    "For each seed the folders of an encoder's runs: one, or a fold each."
+    return [[folders[target_task(t, encoder, cfg.scale, seed).name] for t in targets] for seed in range(cfg.seeds)]
+
+
 def table_cells(plan: TablePlan, out: str | Path, n: int = 1000) -> dict[str, dict[str, Cell]]:  # row -> column -> cell
     "The cells whose runs are all done."
     folders, found = task_folders(plan.tasks, out), {}
     for (row, column), (e, targets) in plan.cells.items():
-        runs = [[folders[target_task(t, e, plan.cfg.scale, seed).name] for t in targets] for seed in range(plan.cfg.seeds)]
-        if not all((f / "record.json").is_file() for r in runs for f in r): continue
-        found.setdefault(row, {})[column] = cell([r[0] for r in runs], targets[0].metric, n) if len(targets) == 1 else fold_cell(runs, targets[0].metric, n)
+        c = runs_cell(target_folders(e, targets, folders, plan.cfg), targets[0].metric, n)
+        if c: found.setdefault(row, {})[column] = c
     return found
 
 

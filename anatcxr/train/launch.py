@@ -18,9 +18,16 @@ import yaml
 from .config import PRETRAIN, LoopConfig
 from .record import atomic_file
 
-# %% ../../nbs/5_train/03_launch.ipynb #4547dcb3
+# %% ../../nbs/5_train/03_launch.ipynb #73d80055
 class LaunchError(RuntimeError):
     "Processes that cannot be started, or that have failed: with their last lines."
+
+
+def _meeting(nodes: int, rendezvous: str) -> tuple[str, str]:
+    "Host and port."
+    if nodes > 1 and ":" not in rendezvous: raise LaunchError(f"rendezvous={rendezvous!r}: {nodes} machines meet at HOST:PORT of the first")
+    host, _, port = rendezvous.rpartition(":")
+    return host, port
 
 
 def launch_command(
@@ -34,12 +41,12 @@ def launch_command(
     method = next((name for name, cls in PRETRAIN.items() if type(cfg) is cls), None)
     if method is None: raise LaunchError(f"{type(cfg).__name__}: no pretraining; expected one of {[c.__name__ for c in PRETRAIN.values()]}")
     if min(processes, nodes) < 1 or not 0 <= rank < nodes: raise LaunchError(f"processes={processes}, nodes={nodes}, rank={rank}: expected at least one of each, and a rank below nodes")
-    if nodes > 1 and ":" not in rendezvous: raise LaunchError(f"rendezvous={rendezvous!r}: {nodes} machines meet at HOST:PORT of the first")
+    host, port = _meeting(nodes, rendezvous)
     if cfg.batch_size % (processes * nodes * cfg.accum): raise LaunchError(f"batch_size={cfg.batch_size}: does not divide into {processes * nodes} processes x accum={cfg.accum}")
     default = type(cfg)()
     changed = {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) != getattr(default, f.name)}
     flags = [a for k, v in changed.items() for a in _flag(k.replace("_", "-"), v)]
-    where = ["--standalone"] if nodes == 1 else [f"--nnodes={nodes}", f"--node-rank={rank}", f"--master-addr={rendezvous.rpartition(':')[0]}", f"--master-port={rendezvous.rpartition(':')[2]}"]
+    where = ["--standalone"] if nodes == 1 else [f"--nnodes={nodes}", f"--node-rank={rank}", f"--master-addr={host}", f"--master-port={port}"]
     start = ["-m", "torch.distributed.run", *where, f"--nproc-per-node={processes}"] if processes * nodes > 1 else []
     return [sys.executable, *start, "-m", "anatcxr.train.pretrain", *(["--"] if start else []), method, *flags]  # -- keeps torchrun from taking --n for its own
 
@@ -72,7 +79,7 @@ def launch(
     if code or not record.is_file(): raise LaunchError("\n".join([f"{shlex.join(command[1:8])} ...: exit status {code}", *last]))
     return record
 
-# %% ../../nbs/5_train/03_launch.ipynb #9fa99b35
+# %% ../../nbs/5_train/03_launch.ipynb #3e0f1191
 def accelerate_config(
     file: str | Path,             # to write, .yaml
     processes: int,               # over all machines
@@ -84,8 +91,7 @@ def accelerate_config(
 ) -> Path:
     "A configuration for `accelerate launch --config_file FILE -m anatcxr.train.pretrain METHOD ...`. Raises `LaunchError`."
     if kind != "ddp": raise LaunchError(f"kind={kind!r}: the loop needs whole parameters (teacher, clipping by tensor, checkpoints), so there is ddp only")
-    if nodes > 1 and ":" not in rendezvous: raise LaunchError(f"rendezvous={rendezvous!r}: {nodes} machines meet at HOST:PORT of the first")
-    host, _, port = rendezvous.rpartition(":")
+    host, port = _meeting(nodes, rendezvous)
     content = dict(compute_environment="LOCAL_MACHINE", distributed_type=("MULTI_CPU" if cpu else "MULTI_GPU") if processes > 1 else "NO", num_processes=processes, num_machines=nodes,
                    machine_rank=rank, main_process_ip=host or None, main_process_port=int(port) if port else None, mixed_precision="no", use_cpu=cpu, main_training_function="main", same_network=True, rdzv_backend="static")
     with atomic_file(file) as tmp_: Path(tmp_).write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not None}))
