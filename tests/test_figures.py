@@ -16,4 +16,4 @@ def test_figure_runs(path, tmp_path, shared_runs):
 
 
 def test_every_figure_is_run():
-    assert len(FIGURES) == 8  # seven figures of two papers, and the recipe for several
+    assert len(FIGURES) == 9  # seven figures of two papers, PEAC's ablations, and the recipe for several

@@ -17,7 +17,7 @@ from anatcxr.cli import run_recipe
 from notebooks import ROOT, Declaration, declarations, find_notebooks, parameters, parameters_source, read_cells
 
 RECIPES = [*find_notebooks(under="nbs/recipes"), *find_notebooks(under="nbs/results")]
-FIGURES = [p for p in RECIPES if re.search("_fig|^figures", p.stem)]  # run by test_figures.py, in a process of its own
+FIGURES = [p for p in RECIPES if re.search("_fig|_ablations|^figures", p.stem)]  # run by test_figures.py, in a process of its own
 PARAMETERISED = [p for p in find_notebooks() if parameters_source(p) is not None]
 
 # Parameters that make a recipe small enough for a test; `out` is the test's. Every recipe has an entry.
@@ -34,9 +34,9 @@ SMOKE: dict[str, dict] = {
     "segment": dict(data="phantom:60", settings="steps=3; batch_size=4; bootstrap=50"),
     "anomaly": dict(data="phantom:100", settings="steps=3; batch_size=8; bootstrap=50"),
     "figures": dict(data="phantom:150", pretrain_steps=2, steps=2, items="peac-fig7"),
-    **{p.stem: dict(data="phantom:300" if p.stem == "afire_fig6" else "phantom:150", pretrain_steps=2, steps=2) for p in RECIPES if "_fig" in p.stem},
+    **{p.stem: dict(data="phantom:300" if p.stem == "afire_fig6" else "phantom:150", pretrain_steps=2, steps=2) for p in FIGURES if p.stem != "figures"},
 }
-PICTURES = {"quickstart", "afire_arms", "benchmark", "figures", "pretrain", "finetune", "probe", "segment", "anomaly", *(p.stem for p in RECIPES if "_fig" in p.stem)}  # recipes whose page shows figures
+PICTURES = {"quickstart", "afire_arms", "benchmark", "pretrain", "finetune", "probe", "segment", "anomaly", *(p.stem for p in FIGURES)}  # recipes whose page shows figures
 
 
 def name(path: Path) -> str:

@@ -15,7 +15,7 @@ from .settings import filled, problems_of
 from ..models.backbones import Backbone
 from ..views.crops import CropError, apply_view, random_masks, sample_view
 
-# %% ../../nbs/4_methods/05_peer_settings.ipynb #4be6d046
+# %% ../../nbs/4_methods/05_peer_settings.ipynb #07989916
 class PeerError(ValueError):
     "A peer whose settings cannot work, whose package is not installed, or that does not go with the backbone."
 
@@ -26,7 +26,7 @@ PEERS = {  # what `None` stands for
     "barlow": dict(area=.08, hidden=8192, dim=8192),
     "dino": dict(area=.4, hidden=2048, dim=65536, tau=.1, ema_base=.996, local_crops=2),
     "mae": dict(area=.2, p_jitter=0., p_blur=0., mask_ratio=.75),
-    "simmim": dict(area=.67, p_jitter=0., p_blur=0., mask_ratio=.6, mask_cell=32),
+    "simmim": dict(area=.67, p_jitter=0., p_blur=0., mask_ratio=.6, mask_cell=32, hidden=8192, dim=8192, ema_base=.999),
 }
 
 
@@ -54,7 +54,8 @@ class PeerConfig:
     center: float = .9               # DINO: momentum of the teacher's mean output
     queue: int = 65536               # MoCo: embeddings in the queue; fewer than there are images
     redundancy: float = 5e-3         # Barlow Twins: weight of the correlations between numbers
-    ema_base: float | None = None    # MoCo, DINO: teacher momentum at the start
+    w_global: float = 0.             # SimMIM: weight of PEAC's global loss between its student and a teacher; 0: no teacher
+    ema_base: float | None = None    # MoCo, DINO, SimMIM: teacher momentum at the start
     ema_end: float | None = None     # and at the end, along a cosine; None: 1, MoCo's stays as it is
     mask_ratio: float | None = None  # MAE, SimMIM: share of the tokens that are hidden
     mask_cell: int | None = None     # side of what is hidden together, pixels; None: a token
@@ -79,7 +80,7 @@ class PeerConfig:
         from anatcxr.methods.peers import PEER_METHODS
         return PEER_METHODS[self.resolved().peer](self)
 
-# %% ../../nbs/4_methods/05_peer_settings.ipynb #70d812b7
+# %% ../../nbs/4_methods/05_peer_settings.ipynb #e6ec7681
 def _within(low: float, high: float, names: str) -> tuple:
     return tuple((n, lambda c, n=n: getattr(c, n) is None or low <= getattr(c, n) <= high, f"must be in [{low:g},{high:g}]") for n in names.split())
 
@@ -92,12 +93,13 @@ _LIMITS = (
     ("area, local_area", lambda c: c.area is None or 0 < c.local_area <= c.area <= 1, "expected 0 < local_area <= area <= 1, shares of the image"),
     ("size, source", lambda c: c.source >= c.size, "views would be larger than the image that they are cut from"),
     ("mask_ratio", lambda c: c.mask_ratio is None or 0 < c.mask_ratio < 1, "must be between 0 and 1"),
+    ("w_global", lambda c: not c.w_global or c.w_global > 0 and c.peer == "simmim", "only SimMIM has it, 0 or more"),
     ("local_crops", lambda c: not c.local_crops or c.local_crops > 0 and c.peer == "dino", "only DINO has them, 0 or more"),
     ("dec_dim, dec_heads", lambda c: c.dec_heads < 1 or c.dec_dim % c.dec_heads == 0 and c.dec_dim % 4 == 0, "the width must be a multiple of the heads and of 4"),
     ("drop_path", lambda c: 0 <= c.drop_path < 1, "must be in [0,1)"),
 )
 
-# %% ../../nbs/4_methods/05_peer_settings.ipynb #c1783a0b
+# %% ../../nbs/4_methods/05_peer_settings.ipynb #b039cde7
 @dataclass(frozen=True)
 class PeerViews:
     "What a batch becomes."
@@ -118,6 +120,6 @@ def peer_views(images: Tensor, ids: Tensor, epoch: int, seed: int, cfg: PeerConf
     c, masked = cfg, cfg.mask_ratio is not None
     def crop(name: str, scale: tuple[float, float]) -> Tensor:
         return normalise(apply_view(images, sample_view(seed, epoch, ids, name, scale, c.flip, c.p_jitter, c.jitter, c.p_blur), c.size))
-    crops = [crop(name, (c.area, 1.)) for name in ("first", "second")[:1 if masked else 2]]
+    crops = [crop(name, (c.area, 1.)) for name in ("first", "second")[:1 if masked and not c.w_global else 2]]
     crops += [crop(f"local {i}", (c.local_area, c.area)) for i in range(c.local_crops)]
     return PeerViews(tuple(crops), token_masks(address(seed, epoch, ids, "peer mask"), cfg, encoder) if masked else None)

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['PEER_METHODS', 'PeerBranch', 'Peer', 'SimSiam', 'MoCo', 'BarlowTwins', 'DINO', 'MAE', 'SimMIM']
 
-# %% ../../nbs/4_methods/05_peers.ipynb #ae533c9b
+# %% ../../nbs/4_methods/05_peers.ipynb #a91dfaa2
 import warnings
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from .peer_settings import PeerConfig, PeerError, PeerViews, peer_views, token_masks
+from .peac import expander, global_consistency
 from .settings import decay_groups
 from ..models.backbones import Backbone, Preprocess, create_backbone
 from ..models.decoder import MaskTokenDecoder, PixelShuffleDecoder, patchify
@@ -189,15 +190,18 @@ class MAE(Peer):
         if self.cfg.norm_pix: x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-6).sqrt()
         return {"restore": (self.decoder(full, v.mask).float() - x).square().mean(-1)[v.mask].mean()}
 
-# %% ../../nbs/4_methods/05_peers.ipynb #54e40ae5
+# %% ../../nbs/4_methods/05_peers.ipynb #0f10ae39
 class SimMIM(Peer):
-    "SimMIM: restore, by one linear layer, the pixels of tokens that were replaced by a mask token."
+    "SimMIM: restore, by one linear layer, the pixels of tokens that were replaced by a mask token; with `w_global`, agree with a teacher (PEAC, 4.3)."
     def __init__(self, cfg: PeerConfig):
         super().__init__(cfg)
         encoder = self.student.backbone
         if not encoder.is_swin: _masked_vit(self)  # refuses what is neither
         self.mask_token = nn.Parameter(.02 * torch.randn(1, 1, encoder.model.patch_embed.proj.out_channels))
         self.decoder = PixelShuffleDecoder(encoder.dim, encoder.stride, 1)
+        if self.cfg.w_global: self.teacher, self.encoders = EMATeacher(self.student), ("student", "teacher")
+
+    def _head(self, dim: int): return expander(dim, f"{self.cfg.hidden}-{self.cfg.hidden}-{self.cfg.dim}") if self.cfg.w_global else None
 
     def encode(self, v: PeerViews) -> Tensor:  # (B,L,D)
         "All tokens, of which some were hidden."
@@ -211,10 +215,14 @@ class SimMIM(Peer):
         return m.norm(m.layers(torch.where(hidden[..., None], self.mask_token[None].to(x.dtype), x))).flatten(1, 2)
 
     def forward(self, v: PeerViews) -> dict[str, Tensor]:
-        "Mean absolute error over the hidden pixels."
-        encoder = self.student.backbone
-        error = (self.decoder(self.encode(v), encoder.grid).float() - v.crops[0]).abs()
-        return {"restore": patchify(error, encoder.stride)[v.mask].mean()}
+        "Mean absolute error over the hidden pixels, and PEAC's Eq. 1 in both directions."
+        encoder, tokens = self.student.backbone, self.encode(v)
+        losses = {"restore": patchify((self.decoder(tokens, encoder.grid).float() - v.crops[0]).abs(), encoder.stride)[v.mask].mean()}
+        if self.teacher is not None:
+            one, two = v.crops
+            y_s = torch.cat([self.student.head(tokens.mean(1)).float(), self.student(two)])
+            losses["global"] = self.cfg.w_global * 2 * global_consistency(y_s, self.teacher(torch.cat([two, one])))
+        return losses
 
 
 PEER_METHODS = {"simsiam": SimSiam, "moco": MoCo, "barlow": BarlowTwins, "dino": DINO, "mae": MAE, "simmim": SimMIM}

@@ -27,12 +27,13 @@ from .tables import DataSource, TableConfig, _both, _weights_problem, column_tar
 from ..train.pretrain import addressed_torch
 from ..train.record import read_metrics
 
-# %% ../../nbs/8_reproduce/06_figures.ipynb #b6e279c3
+# %% ../../nbs/8_reproduce/06_figures.ipynb #c8934272
 FIGURE_ROWS = {
     ("peac", 4): ("PEAC ViT", "PEAC by location ViT", "PEAC by feature ViT", "PEAC swapped ViT"),
     ("peac", 5): ("untrained ViT", "PEAC ViT", "AFiRe ViT", "untrained Swin", "PEAC Swin", "ImageNet ViT", "ImageNet DINO ViT"),
     ("peac", 6): ("untrained ViT", "SimMIM ViT", "DINO ViT", "POPAR ViT", "PEAC without local ViT", "PEAC ViT", "AFiRe ViT", "ImageNet DINO ViT"),
     ("peac", 7): ("untrained ViT", "PEAC ViT", "AFiRe ViT", "ImageNet DINO ViT"),
+    ("peac", "ablations"): ("untrained ViT", "SimMIM ViT", "SimMIM with teacher ViT", "POPAR ViT", "PEAC without local ViT", "PEAC ViT", "PEAC swapped ViT"),
     ("afire", 5): ("untrained ViT", "DINO ViT", "PEAC ViT", "AFiRe ViT", "AFiRe K 64", "AFiRe K 16", "ImageNet DINO ViT"),
     ("afire", 6): ("untrained ViT", "PEAC ViT", "AFiRe ViT", "ImageNet ViT", "ImageNet DINO ViT", "ImageNet MAE ViT"),
     ("afire", 7): ("untrained ViT", "PEAC ViT", "AFiRe ViT", "ImageNet DINO ViT", "ImageNet MAE ViT"),
@@ -53,8 +54,8 @@ class FigureConfig(TableConfig):
     pretrain_steps: int = 0    # optimiser steps of pretraining; 0: those of the scale
     steps: int = 0             # optimiser steps of every run after it; 0: those of the scale
 
-# %% ../../nbs/8_reproduce/06_figures.ipynb #b590d826
-_COLUMNS = {("peac", 4): [("peac", 1, "ChestX-ray14")], ("afire", 7): [("peac", 1, "ChestX-ray14")],
+# %% ../../nbs/8_reproduce/06_figures.ipynb #8a23f331
+_COLUMNS = {("peac", 4): [("peac", 1, "ChestX-ray14")], ("peac", "ablations"): [("peac", 1, "ChestX-ray14"), ("afire", 1, "AUC")], ("afire", 7): [("peac", 1, "ChestX-ray14")],
             ("afire", 6): [("afire", 2, f"NIH {s}") for s in ("1%", "10%", "100%", "5-C")]}
 
 
@@ -68,7 +69,7 @@ def landmark_targets(there: Mapping[str, DataSource]) -> list[Target]:
 class FigurePlan:
     "What makes a figure."
     paper: str
-    figure: int
+    figure: int | str                 # its number, or "ablations"
     cfg: TableConfig
     encoders: list[Encoder]
     targets: dict[str, list[Target]]  # what is measured -> one target, or a fold each
@@ -113,14 +114,14 @@ class FigurePlan:
         return f"{what}; scale {self.cfg.scale}"
 
 
-def figure_plan(paper: str, figure: int, cfg: TableConfig) -> FigurePlan:
-    "The plan of a published figure on the data that are there."
+def figure_plan(paper: str, figure: int | str, cfg: TableConfig) -> FigurePlan:
+    "The plan of a published figure, or of PEAC's ablations, on the data that are there."
     there, encoders, targets, notes = data_sources(cfg.data, cfg.allow_leaks), [], {}, []
     for e in (ENCODERS[n] for n in FIGURE_ROWS[paper, figure]):
         problem = _weights_problem(e.init, e.family, cfg.scale)
         if problem: notes.append(f"{e.name}: {problem}; left out")
         else: encoders.append(e)
-    if (paper, figure) in (("peac", 4), ("peac", 5)): targets |= {t.name: [t] for t in landmark_targets(there)}
+    if (paper, figure) in (("peac", 4), ("peac", 5), ("peac", "ablations")): targets |= {t.name: [t] for t in landmark_targets(there)}
     for p, table, column in _COLUMNS.get((paper, figure), ()):
         name = column.replace("NIH", "ChestX-ray14")
         targets[name], source = _published_target(p, table, column, there)

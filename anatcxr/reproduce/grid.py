@@ -48,7 +48,7 @@ SCALE_SETTINGS = {
         finetune={}, segment={}, probe={}, anomaly={}, landmarks=dict(size=224)),  # their presets say the rest
 }
 
-# %% ../../nbs/8_reproduce/05_grid.ipynb #809aba7d
+# %% ../../nbs/8_reproduce/05_grid.ipynb #420d3bfa
 @dataclass(frozen=True)
 class Encoder:
     "A row of a table."
@@ -74,7 +74,7 @@ ENCODERS = {e.name: e for e in (
     *(e for how in ("location", "feature") for e in _each(f"PEAC by {how}", "vit swin", "peac", dict(grid_match=f"block_{how}"))),
     Encoder("PEAC-1 Swin", "swin", weights="PEAC Swin", half=True), Encoder("POPAR-1 Swin", "swin", weights="POPAR Swin", half=True),
     *_each("AFiRe", "vit", "afire", detector=dict(method="afire")), *(Encoder(f"AFiRe {arm}", "vit", "afire", s) for arm, s in AFIRE_TABLE1.items()), *(Encoder(f"AFiRe K {k}", "vit", "afire", dict(K=k)) for k in (16, 64)),
-    *(e for name, peer in _PEERS.items() for e in _each(name, "vit resnet" if name not in ("MAE", "SimMIM") else "vit", peer)),
+    Encoder("SimMIM with teacher ViT", "vit", "simmim", dict(w_global=1.)), *(e for name, peer in _PEERS.items() for e in _each(name, "vit resnet" if name not in ("MAE", "SimMIM") else "vit", peer)),
     *(Encoder(name, "vit", detector=dict(method=m)) for name, m in (("AFiRe from scratch", "afire"), ("auto-encoder", "autoencoder"), ("AnatPaste", "anatpaste"), ("CutPaste", "cutpaste"))),
     Encoder("PANDA-like", "vit", init="imagenet", detector=dict(method="knn", steps=0)), Encoder("k-NN of PEAC", "vit", weights="PEAC ViT", detector=dict(method="knn", steps=0)),
     Encoder("k-NN of AFiRe", "vit", weights="AFiRe ViT", detector=dict(method="knn", steps=0)), Encoder("AFiRe not tuned", "vit", weights="AFiRe ViT", detector=dict(method="afire", steps=0)),

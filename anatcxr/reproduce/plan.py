@@ -17,8 +17,8 @@ from .figures import FIGURE_ROWS, FigureConfig, figure_plan
 from .runs import Task, TaskError, _done, check_tasks, run_tasks
 from .tables import TABLE_ROWS, TableConfig, table_plan
 
-# %% ../../nbs/8_reproduce/07_plan.ipynb #70296c2c
-ITEMS = tuple(f"{paper}-{what}{n}" for p in ("peac", "afire") for what, all_ in (("table", TABLE_ROWS), ("fig", FIGURE_ROWS)) for paper, n in all_ if paper == p)
+# %% ../../nbs/8_reproduce/07_plan.ipynb #a01cee44
+ITEMS = tuple(f"{paper}-{what if isinstance(n, int) else ''}{n}" for p in ("peac", "afire") for what, all_ in (("table", TABLE_ROWS), ("fig", FIGURE_ROWS)) for paper, n in all_ if paper == p)
 
 
 def chosen_items(names: str) -> list[str]:
@@ -30,11 +30,11 @@ def chosen_items(names: str) -> list[str]:
         found += more
     return [*dict.fromkeys(found)]
 
-# %% ../../nbs/8_reproduce/07_plan.ipynb #cdfd0776
+# %% ../../nbs/8_reproduce/07_plan.ipynb #848b000d
 def item_tasks(item: str, cfg: TableConfig) -> list[Task]:
     "Every run that an item needs, what is needed first."
-    paper, what, n = re.fullmatch(r"(\w+)-(table|fig)(\d)", item).groups()
-    return (table_plan if what == "table" else figure_plan)(paper, int(n), cfg).tasks
+    paper, what, n = re.fullmatch(r"(\w+)-(table|fig)?(\w+)", item).groups()
+    return (table_plan if what == "table" else figure_plan)(paper, int(n) if what else n, cfg).tasks
 
 
 def all_tasks(items: Sequence[str], cfg: TableConfig) -> list[Task]:
