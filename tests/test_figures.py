@@ -1,7 +1,8 @@
 """The pages of the papers' figures, run at smoke scale."""
 import pytest
 
-from test_recipes import FIGURES, name, run_and_check
+from anatcxr.cli import run_recipe
+from test_recipes import FIGURES, SMOKE, name, run_and_check
 
 
 @pytest.fixture(scope="module")
@@ -17,3 +18,9 @@ def test_figure_runs(path, tmp_path, shared_runs):
 
 def test_every_figure_is_run():
     assert len(FIGURES) == 9  # seven figures of two papers, PEAC's ablations, and the recipe for several
+
+
+def test_a_page_whose_runs_are_left_says_so(tmp_path):
+    "Stopped by `minutes` before anything was done: a page without numbers, which can be started again."
+    text = run_recipe("peac_ablations", tmp_path, SMOKE["peac_ablations"] | dict(minutes=.001)).read_text(encoding="utf-8")
+    assert "runs are left</strong>: start the page again" in text and "Traceback" not in text

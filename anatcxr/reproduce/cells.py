@@ -190,7 +190,7 @@ def seed_test(a: Cell, b: Cell) -> Comparison:
     _check_column({"the first": a, "the second": b})
     return t_test(a.runs, b.runs)
 
-# %% ../../nbs/8_reproduce/04_cells.ipynb #c7789103
+# %% ../../nbs/8_reproduce/04_cells.ipynb #b6f03317
 def cell_table(
     rows: Mapping[str, Mapping[str, Cell]],  # row -> column -> cell
     reference: str | None = None,            # the row that all others are compared with
@@ -211,7 +211,7 @@ def cell_table(
                 d = difference(other, x, n)
                 line |= dict(difference=d.value, difference_low=d.low, difference_high=d.high, p=seed_test(other, x).p)
             lines.append(line)
-    table = pd.DataFrame(lines)
+    table = pd.DataFrame(lines) if lines else pd.DataFrame(columns=["row", "column", "value", "low", "high", "sd", "seeds", "patients", "scale", "metric", "difference", "difference_low", "difference_high", "p"])
     return table.assign(p_holm=adjust_p(table.p)) if "p" in table else table
 
 
@@ -231,6 +231,6 @@ def difference_text(line, digits: int = 1, times: float = 100.) -> str:  # a lin
 
 def wide_table(table: pd.DataFrame, text: Callable = cell_text) -> pd.DataFrame:  # of `cell_table`
     "Rows and columns of a table as the papers print them, every number with its interval; the scale stands in the corner."
-    wide = table.assign(text=table.apply(text, axis=1)).pivot(index="row", columns="column", values="text")
+    wide = table.assign(text=[text(line) for _, line in table.iterrows()]).pivot(index="row", columns="column", values="text")
     wide = wide.reindex(index=table.row.unique(), columns=table.column.unique()).fillna("")
     return wide.rename_axis(index=f"scale {', '.join(sorted(table.scale.unique()))}", columns=None)
