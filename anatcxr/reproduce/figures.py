@@ -54,7 +54,7 @@ class FigureConfig(TableConfig):
     pretrain_steps: int = 0    # optimiser steps of pretraining; 0: those of the scale
     steps: int = 0             # optimiser steps of every run after it; 0: those of the scale
 
-# %% ../../nbs/8_reproduce/06_figures.ipynb #8a23f331
+# %% ../../nbs/8_reproduce/06_figures.ipynb #dbcd385d
 _COLUMNS = {("peac", 4): [("peac", 1, "ChestX-ray14")], ("peac", "ablations"): [("peac", 1, "ChestX-ray14"), ("afire", 1, "AUC")], ("afire", 7): [("peac", 1, "ChestX-ray14")],
             ("afire", 6): [("afire", 2, f"NIH {s}") for s in ("1%", "10%", "100%", "5-C")]}
 
@@ -107,9 +107,9 @@ class FigurePlan:
         if source is None: raise TaskError([f"figure {self.figure} of {self.paper}: no data with {needs}; the data have {', '.join(self.there)}"])
         return ChestXrays(self.folders[source.store], SCALE_SETTINGS[self.cfg.scale]["size"], "squash", rows=_both(source.rows, rows), allow_leaks=self.cfg.allow_leaks)
 
-    def caption(self, images: ChestXrays) -> str:
-        "Data, scale, and whether it is synthetic."
-        names = sorted(images.table.source.dropna().unique()) if "source" in images.table else ["images"]
+    def caption(self, images: ChestXrays | None = None) -> str:
+        "Data (of all the plan, if none are given), scale, and whether it is synthetic."
+        names = [*self.there] if images is None else sorted(images.table.source.dropna().unique()) if "source" in images.table else ["images"]
         what = "synthetic phantoms" if names == ["phantom"] else ", ".join(names)
         return f"{what}; scale {self.cfg.scale}"
 
