@@ -39,7 +39,7 @@ def recipes() -> dict[str, Path]:
     roots = [root / kind for root in (package, package.parent / "nbs") for kind in ("recipes", "results")]
     return {p.stem: p for root in roots for p in sorted(root.glob("*.ipynb"))}
 
-# %% ../nbs/9_cli.ipynb #48ce6968
+# %% ../nbs/9_cli.ipynb #a3ab8c8e
 def recipe_parameters(recipe: str) -> dict[str, dict]:
     "The recipe's parameters as papermill reads them: name -> type, default, help; `RecipeError` for an unknown recipe."
     if recipe not in recipes():
@@ -47,13 +47,13 @@ def recipe_parameters(recipe: str) -> dict[str, dict]:
     return papermill.inspect_notebook(str(recipes()[recipe]))
 
 
-def _parse(what: str, known: dict, pairs: list[str]) -> dict:
-    "`name=value` pairs as a dictionary; `RecipeError` for a name that is not among the known ones."
+def _parse(what: str, known: dict | None, pairs: list[str]) -> dict:
+    "`name=value` pairs as a dictionary; `RecipeError` for a name that is not among the known ones (None: any will do)."
     values = {}
     for pair in pairs:
         name, eq, value = pair.partition("=")
         if not eq: raise RecipeError(f"{pair}: expected name=value.")
-        if name not in known:
+        if known is not None and name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else f" It has {sorted(known)}."
             raise RecipeError(f"{what} has no parameter {name!r}.{hint}")
@@ -139,7 +139,7 @@ class RunRecipe:
     def __call__(self) -> str:
         return f"report: {run_recipe(self.recipe, self.out, parse_parameters(self.recipe, self.set))}"
 
-# %% ../nbs/9_cli.ipynb #aa41bc4b
+# %% ../nbs/9_cli.ipynb #b14c592a
 @dataclass
 class Reproduce:
     "Make tables and figures of the papers: their runs, then their pages. What is done is kept; after an interruption it goes on."
@@ -175,8 +175,7 @@ class Reproduce:
         cfg = TableConfig(data=self.data, out=str(self.out), scale=self.scale, seeds=self.seeds, minutes=self.minutes, allow_leaks=self.allow_leaks,
                           pretrain_steps=(40 if few else 0) if self.pretrain_steps is None else self.pretrain_steps, steps=(20 if few else 0) if self.steps is None else self.steps)
         if self.dry_run: return plan_table(chosen_items(self.item), cfg).to_string(index=False)
-        options = {k: yaml.safe_load(v) for k, _, v in (s.partition("=") for s in self.slurm)}
-        pages = reproduce(self.item, cfg, self.workers, self.cluster, run_recipe, options)
+        pages = reproduce(self.item, cfg, self.workers, self.cluster, run_recipe, _parse("--slurm", None, self.slurm))
         return "\n".join(f"page: {p}" for p in pages)
 
 # %% ../nbs/9_cli.ipynb #18fe5eb8
