@@ -131,7 +131,7 @@ def run_and_check(path: Path, folder: Path, **parameters):
     assert page == folder / f"{path.stem}.html"
     text, title = page.read_text(encoding="utf-8"), read_cells(path)[0]["source"].splitlines()[0].lstrip("# ")
     assert re.search(rf"<h1[^>]*>\s*{re.escape(html.escape(title))}", text), f"no heading {title!r} in {page}"
-    assert path.stem not in PICTURES or 'src="data:image/png;base64,' in text, f"no picture in {page}"
+    assert path.stem not in PICTURES or re.search('src="data:image/(png|jpeg);base64,', text), f"no picture in {page}"
 
 
 @pytest.mark.parametrize("path", [p for p in RECIPES if p not in FIGURES], ids=name)
