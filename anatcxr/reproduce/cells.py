@@ -82,7 +82,7 @@ def read_scores(
     else: raise CellError(f"{folder}: a run of kind {record.kind!r} has no {metric!r}; its predictions have {[*table]}")
     return TestScores(record, test.id.to_numpy(str), test.patient.to_numpy(str), y, s, fn)
 
-# %% ../../nbs/8_reproduce/04_cells.ipynb #8189c27c
+# %% ../../nbs/8_reproduce/04_cells.ipynb #fd349b4b
 @dataclass(frozen=True)
 class Cell:
     "One number of a table."
@@ -134,7 +134,8 @@ def _as_cell(found: Sequence[TestScores], metric: str, n: int) -> Cell:  # a see
     elif len(found) > 1: i = two_level_ci(*given, np.stack([s.score for s in found]), n=n)
     else: i = bootstrap_ci(*given, first.score, n=n)
     r = first.record
-    return Cell(i.value, i.low, i.high, runs, r.kind, metric, r.scale, r.split_hash, len(set(first.patients)), tuple(found))
+    low, high = (float(np.clip(v, 0, 1)) for v in (i.low, i.high))  # every metric lies there, which an interval over a few seeds does not know
+    return Cell(i.value, low, high, runs, r.kind, metric, r.scale, r.split_hash, len(set(first.patients)), tuple(found))
 
 # %% ../../nbs/8_reproduce/04_cells.ipynb #c0e33ce4
 def _pooled(folds: Sequence[TestScores]) -> TestScores:

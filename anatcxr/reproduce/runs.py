@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['TaskError', 'Task', 'task_folders', 'task_config', 'check_tasks', 'run_tasks', 'task_overview', 'run_report',
-           'read_runs']
+           'read_runs', 'committed_record']
 
-# %% ../../nbs/8_reproduce/03_runs.ipynb #e814cfa8
+# %% ../../nbs/8_reproduce/03_runs.ipynb #69e54b81
 import importlib
 import inspect
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
+import anatcxr
 import pandas as pd
 from filelock import FileLock, Timeout
 from ..data.manifest import ChestXrays
@@ -219,3 +221,10 @@ def read_runs(out: str | Path) -> pd.DataFrame:
         rows.append({"folder": str(path.parent.relative_to(out)), **plain} | {f"settings.{k}": v for k, v in (r.settings | r.flags).items()}
                     | {f"metrics.{k}": v for k, v in r.metrics.items()})
     return pd.DataFrame(rows)
+
+# %% ../../nbs/8_reproduce/03_runs.ipynb #3c096677
+def committed_record(name: str) -> dict:
+    "A file of `results/records`, from the checkout or the installed package."
+    here = Path(anatcxr.__file__).parent
+    folder = next(f for f in (here / "results" / "records", here.parent / "nbs" / "results" / "records") if f.is_dir())
+    return json.loads((folder / f"{name}.json").read_text())
