@@ -162,26 +162,31 @@ def roughness(values: Sequence[float]) -> float:
     x = np.log(np.asarray(values, float)[len(values) // 2:])
     return float(np.exp(np.abs(np.diff(x)).mean())) if len(x) > 2 else float("nan")
 
-# %% ../../nbs/8_reproduce/06_figures.ipynb #72dda6c9
+# %% ../../nbs/8_reproduce/06_figures.ipynb #2714d772
 def finding_aucs(
     runs: Sequence[Path],         # folders of fine-tuning: seeds and folds
     findings: Mapping[str, str],  # image id -> findings, with | between
     least: int = 5,               # patients that a finding must have
     n: int = 500,                 # bootstrap draws
 ) -> pd.DataFrame:                # finding, value, low, high, patients
-    "AUROC of each finding against images without any, as a mean over the runs, with intervals over patients."
+    "AUROC of each finding, as a mean over the runs, with intervals over patients: of its own output, or of the only one against images without any."
     scores = [read_scores(r, "auroc") for r in runs]
-    names = sorted({f for k in scores for i in k.ids for f in str(findings.get(i, "")).split("|")} - {"", "nan"})
     at, ids, who = (np.concatenate(v) for v in zip(*((np.full(len(s.ids), k), s.ids, s.patients) for k, s in enumerate(scores))))
-    y, p = (np.concatenate([np.asarray(getattr(s, f), float).reshape(len(s.ids), -1)[:, 0] for s in scores]) for f in ("y", "score"))
-    has = {f: np.array([f in str(findings.get(i, "")).split("|") for i in ids]) for f in names}
+    y, p = (np.concatenate([np.asarray(getattr(s, f), float).reshape(len(s.ids), -1) for s in scores]) for f in ("y", "score"))  # (N,outputs)
+    if y.shape[1] > 1:
+        outputs = [c[2:] for c in pd.read_parquet(Path(runs[0]) / scores[0].record.predictions) if c.startswith("y_")]
+        cases = {f: (np.isfinite(y[:, k]), y[:, k], p[:, k]) for k, f in enumerate(outputs)}
+    else:
+        said = [str(findings.get(i, "")).split("|") for i in ids]
+        has = {f: np.array([f in s for s in said]) for f in sorted({f for s in said for f in s} - {"", "nan"})}
+        cases = {f: (h | (y[:, 0] == 0), h, p[:, 0]) for f, h in has.items() if (y[h, 0] > 0).all()}
     def mean(at, y, p):
         each = [auroc(y[at == k], p[at == k]) for k in np.unique(at) if 0 < y[at == k].sum() < (at == k).sum()]
         return float(np.mean(each)) if each else np.nan
     rows = []
-    for f in names:
-        keep = has[f] | (y == 0)
-        if len(set(who[has[f]])) < least or not (y[has[f]] > 0).all(): continue
-        i = bootstrap_ci(mean, who[keep], at[keep], has[f][keep].astype(int), p[keep], n=n)
-        rows.append(dict(finding=f, value=i.value, low=i.low, high=i.high, patients=len(set(who[has[f]]))))
+    for f, (keep, truth, score) in cases.items():
+        patients = len(set(who[keep & (truth > 0)]))
+        if patients < least: continue
+        i = bootstrap_ci(mean, who[keep], at[keep], truth[keep].astype(int), score[keep], n=n)
+        rows.append(dict(finding=f, value=i.value, low=i.low, high=i.high, patients=patients))
     return pd.DataFrame(rows, columns=["finding", "value", "low", "high", "patients"])
