@@ -6,7 +6,7 @@
 __all__ = ['FIGURE_ROWS', 'CONTROLS', 'FigureConfig', 'landmark_targets', 'FigurePlan', 'figure_plan', 'figure_cells',
            'landmark_table', 'loss_curves', 'roughness', 'finding_aucs']
 
-# %% ../../nbs/8_reproduce/06_figures.ipynb #687c8d08
+# %% ../../nbs/8_reproduce/06_figures.ipynb #585cec63
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from ..data.manifest import ChestXrays
 from ..downstream.intervals import bootstrap_ci
 from ..downstream.metrics import auroc
@@ -54,7 +55,7 @@ class FigureConfig(TableConfig):
     pretrain_steps: int = 0    # optimiser steps of pretraining; 0: those of the scale
     steps: int = 0             # optimiser steps of every run after it; 0: those of the scale
 
-# %% ../../nbs/8_reproduce/06_figures.ipynb #dbcd385d
+# %% ../../nbs/8_reproduce/06_figures.ipynb #e6585358
 _COLUMNS = {("peac", 4): [("peac", 1, "ChestX-ray14")], ("peac", "ablations"): [("peac", 1, "ChestX-ray14"), ("afire", 1, "AUC")], ("afire", 7): [("peac", 1, "ChestX-ray14")],
             ("afire", 6): [("afire", 2, f"NIH {s}") for s in ("1%", "10%", "100%", "5-C")]}
 
@@ -97,9 +98,10 @@ class FigurePlan:
         return [e for e in self.encoders if all(run is None or (run / "record.json").is_file() for run in needs(e))]
 
     def encoder(self, encoder: Encoder, seed: int = 0) -> tuple[Backbone, Preprocess]:
-        "The weights, and how they want their images."
+        "The weights on the best device, and how they want their images."
         s, run = SCALE_SETTINGS[self.cfg.scale], self.pretrained(encoder, seed)
-        with addressed_torch(seed, 0, "weights"): return initial_encoder(f"run:{run}" if run else encoder.init, s[encoder.family], s["size"])
+        with addressed_torch(seed, 0, "weights"): found, preprocess = initial_encoder(f"run:{run}" if run else encoder.init, s[encoder.family], s["size"])
+        return found.to(torch.accelerator.current_accelerator(check_available=True) or "cpu"), preprocess
 
     def images(self, needs: str = "", name: str = "nih", rows: str = "split == 'test'") -> ChestXrays:
         "Rows of a data set, or of a stand-in that has the column `needs`, in the size of the scale. `TaskError` if there is none."
