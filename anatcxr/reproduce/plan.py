@@ -91,7 +91,7 @@ def reproduce(
     tasks = all_tasks(items, cfg)
     check_tasks(tasks, runs)
     minutes = cfg.minutes or None
-    states = start_workers(tasks, runs, workers, minutes, cluster, **slurm or {}) if workers > 1 else [run_tasks(tasks, runs, minutes, refuse=False, wait=True)]
+    states = start_workers(tasks, runs, workers, minutes, cluster, **slurm or {}) if workers > 1 or cluster != "local" else [run_tasks(tasks, runs, minutes, refuse=False, wait=True)]
     given = {f.name: getattr(cfg, f.name) for f in fields(TableConfig)} | dict(out=str(Path(cfg.out).resolve()))
     pages = [page(i.replace("-", "_"), Path(cfg.out), given) for i in items] if page else []
     if failed := [*dict.fromkeys(w for s in states for w in s.why if w)]: raise TaskError(failed)

@@ -30,7 +30,7 @@ from ..train.record import read_metrics, read_record, split_stamp
 class RunRecipeConfig(Config, ABC):
     "What all recipes ask for."
     data: str = "phantom:150"  # phantom:N, a manifest (CSV or Parquet) or a packed folder
-    out: str = "."             # folder of the run
+    out: str = "."             # folder for the run's folder
     seed: int = 0              # of weights, order, views
     settings: str = ""         # further settings, such as steps and lr, as the text says; empty for none
     allow_leaks: bool = False  # accept patients or images in more than one split; the record says so
@@ -42,19 +42,19 @@ class RunRecipeConfig(Config, ABC):
         return {k.strip(): yaml.safe_load(v) for k, _, v in pairs}
 
     @abstractmethod
-    def task(self) -> Task: "The run: kind, preset, settings."
+    def task(self) -> Task: "The run: name of its folder, kind, preset, settings."
 
     def full(self) -> Config:
         "The whole configuration of the run. `ConfigError` lists everything that is wrong."
         t = self.task()
-        own = dict(data=self.data, seed=self.seed, allow_leaks=self.allow_leaks, out=str(Path(self.out) / "run")) | self.given()
+        own = dict(data=self.data, seed=self.seed, allow_leaks=self.allow_leaks, out=str(Path(self.out) / self.task().name)) | self.given()
         return _config(t, t.settings | own)
 
     def check(self):
         self.full()
         init = Path(getattr(self, "init", "scratch").removeprefix("run:"))
         if getattr(self, "init", "").startswith("run:") and not (init / "record.json").is_file():
-            raise ConfigError(type(self).__name__, [f"init='run:{init}': no finished run there; pretrain first (anatcxr run pretrain --out FOLDER makes FOLDER/run), or choose scratch or imagenet"])
+            raise ConfigError(type(self).__name__, [f"init='run:{init}': no finished run there; pretrain first (anatcxr run pretrain --out FOLDER makes FOLDER/pretrain), or choose scratch or imagenet"])
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class PretrainRecipe(RunRecipeConfig):
         known = [n for n, e in ENCODERS.items() if e.method not in (None, "supervised")]
         if self.encoder not in known: raise ConfigError(type(self).__name__, [f"encoder={self.encoder!r}: expected one of {', '.join(known)}"])
         t = pretraining(ENCODERS[self.encoder], self.scale, self.seed)
-        return replace(t, settings=t.settings | dict(rows=self.rows))
+        return replace(t, name="pretrain", settings=t.settings | dict(rows=self.rows))
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class FinetuneRecipe(RunRecipeConfig):
     preset: str = "smoke"      # smoke; peac (448 px), peac_224, afire, afire_10, afire_1: the papers' settings
     task_kind: Literal["multilabel", "multiclass", "binary"] = "binary"  # columns y_...; values of a column; normal or not
 
-    def task(self) -> Task: return Task("run", "finetune", dict(init=self.init, task=self.task_kind), self.preset)
+    def task(self) -> Task: return Task("finetune", "finetune", dict(init=self.init, task=self.task_kind), self.preset)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class ProbeRecipe(RunRecipeConfig):
     solver: Literal["lbfgs", "sgd", "knn", "few_shot"] = "lbfgs"  # logistic regression, DINO's protocol, neighbours, nearest class mean
     task_kind: Literal["multilabel", "multiclass", "binary"] = "binary"  # columns y_...; values of a column; normal or not
 
-    def task(self) -> Task: return Task("run", "probe", dict(init=self.init, solver=self.solver, task=self.task_kind, cache=str(Path(self.out) / "features")))
+    def task(self) -> Task: return Task("probe", "probe", dict(init=self.init, solver=self.solver, task=self.task_kind, cache=str(Path(self.out) / "features")))
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class SegmentRecipe(RunRecipeConfig):
     preset: str = "smoke"      # smoke; peac: JSRT's organs; afire: SIIM-ACR's pneumothorax
     mask: str = "lung"         # organ
 
-    def task(self) -> Task: return Task("run", "segment", dict(init=self.init, mask=self.mask), self.preset)
+    def task(self) -> Task: return Task("segment", "segment", dict(init=self.init, mask=self.mask), self.preset)
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class AnomalyRecipe(RunRecipeConfig):
     init: str = "scratch"      # weights to start from: run:FOLDER of AFiRe, imagenet for knn and padim, ...
     preset: str = "smoke"      # smoke; afire, anatpaste, cutpaste, knn, padim: published settings
 
-    def task(self) -> Task: return Task("run", "anomaly", dict(init=self.init), self.preset)
+    def task(self) -> Task: return Task("anomaly", "anomaly", dict(init=self.init), self.preset)
 
 # %% ../../nbs/8_reproduce/09_recipe.ipynb #c2ef5e61
 def _left(cfg: Config) -> str:
