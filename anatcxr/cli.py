@@ -174,7 +174,9 @@ class Reproduce:
         few = self.scale == "smoke"
         cfg = TableConfig(data=self.data, out=str(self.out), scale=self.scale, seeds=self.seeds, minutes=self.minutes, allow_leaks=self.allow_leaks,
                           pretrain_steps=(40 if few else 0) if self.pretrain_steps is None else self.pretrain_steps, steps=(20 if few else 0) if self.steps is None else self.steps)
-        if self.dry_run: return plan_table(chosen_items(self.item), cfg).to_string(index=False)
+        if self.dry_run:
+            table = plan_table(chosen_items(self.item), cfg)
+            return "\n".join([table.to_string(index=False), *table.attrs["notes"]])
         pages = reproduce(self.item, cfg, self.workers, self.cluster, run_recipe, _parse("--slurm", None, self.slurm))
         return "\n".join(f"page: {p}" for p in pages)
 

@@ -157,7 +157,7 @@ def _weights_problem(init: str, family: str, scale: str) -> str:
     if init == "scratch": return ""
     if scale != "full": return "no published weights of a network of this scale"
     try: initial_encoder(init, SCALE_SETTINGS[scale][family])
-    except InitialisationError as error: return str(error)[:100]
+    except InitialisationError as error: return str(error)
     return ""
 
 # %% ../../nbs/8_reproduce/06_tables.ipynb #e84b6e24
@@ -208,7 +208,7 @@ def table_plan(paper: str, table: int, cfg: TableConfig) -> TablePlan:
         except TaskError as e: why.setdefault(e.problems[0], {})[c.column] = None; continue
         headings[c.column] = source.heading
         cells[c.row, c.column] = encoder, targets
-    notes = [f"{', '.join(rows)}: {problem}; published numbers only" for problem, rows in why.items()]
+    notes = [f"{'; '.join(rows)}: {problem}; published numbers only" for problem, rows in why.items()]
     for heading in dict.fromkeys(h for h in headings.values() if "stand-in" in h):
         notes.append(f"{', '.join(c for c, h in headings.items() if h == heading)}: measured on {heading}, so these numbers are none of the published column")
     return TablePlan(paper, table, cfg, cells, pair_tasks([*cells.values()], there, cfg), headings, notes)

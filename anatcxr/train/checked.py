@@ -71,7 +71,7 @@ class Config:
         problems = [*wrong.values(), *self._broken_rules(set(wrong))]
         if not wrong:
             try: self.check()
-            except ValueError as e: problems.append(str(e))
+            except ValueError as e: problems += e.problems if isinstance(e, ConfigError) else [str(e)]
         if problems: raise ConfigError(type(self).__name__, problems)
 
     def check(self):
