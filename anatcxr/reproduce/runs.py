@@ -7,7 +7,7 @@ __all__ = ['TaskError', 'Task', 'task_folders', 'task_config', 'check_tasks', 'r
            'read_runs', 'committed_record']
 
 # %% ../../nbs/8_reproduce/03_runs.ipynb #69e54b81
-import importlib
+import importlib.util
 import inspect
 import json
 import time
@@ -21,6 +21,7 @@ import pandas as pd
 from filelock import FileLock, Timeout
 from ..data.manifest import ChestXrays
 from ..data.table import read_manifest
+from ..methods.peer_settings import PEERS
 from ..train.config import PRETRAIN, ConfigError
 from ..train.record import read_record, stamp
 
@@ -113,6 +114,15 @@ def task_config(task: Task, folders: dict[str, Path]):
 def _done(task: Task, folder: Path) -> bool: return (folder / ("meta.json" if task.kind == "pack" else "record.json")).is_file()
 
 # %% ../../nbs/8_reproduce/03_runs.ipynb #774a7526
+_EXTRAS = {"segment": ("segmentation_models_pytorch", {"segment"}), "peers": ("lightly", {*PEERS})}  # extra -> package, kinds of run
+
+
+def _lacking(kinds: set[str]) -> list[str]:
+    "What is not installed, though runs of these kinds need it."
+    return [f"{', '.join(sorted(kinds & of))}: need the package {module}: pip install 'anatcxr[{extra}]'"
+            for extra, (module, of) in _EXTRAS.items() if kinds & of and importlib.util.find_spec(module) is None]
+
+
 def check_tasks(tasks: Sequence[Task], out: str | Path) -> dict[str, Path]:
     "The folders of `task_folders`, if every task could be started; `TaskError` lists all that is wrong."
     for t in tasks:
@@ -123,6 +133,7 @@ def check_tasks(tasks: Sequence[Task], out: str | Path) -> dict[str, Path]:
         try: cfg = task_config(t, folders)
         except (ConfigError, TaskError) as e: problems += [f"{t.name}: {p}" for p in e.problems]; continue
         if Path(cfg.data) not in folders.values() and not _done(t, folders[t.name]): read_manifest(cfg.data, cfg.allow_leaks)
+    problems += _lacking({t.kind for t in tasks if not _done(t, folders[t.name])})
     if problems: raise TaskError(problems)
     return folders
 
