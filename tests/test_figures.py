@@ -1,7 +1,7 @@
 """The pages of the papers' figures, run at smoke scale."""
 import pytest
 
-from anatcxr.cli import run_recipe
+from anatcxr.reproduce.pages import run_recipe
 from test_recipes import FIGURES, SMOKE, name, run_and_check
 
 

@@ -48,7 +48,7 @@ def test_command_finds_recipes_in_a_checkout_and_in_a_wheel(wheel, tmp_path):
     expected = {p.stem for room in ("recipes", "results") for p in find_notebooks(under=f"nbs/{room}")}
     wheel.extractall(tmp_path)
     for root in (ROOT, tmp_path):
-        code = f"import sys; sys.path.insert(0, {str(root)!r}); from anatcxr.cli import recipes; print(*sorted(recipes()))"
+        code = f"import sys; sys.path.insert(0, {str(root)!r}); from anatcxr.reproduce.pages import recipes; print(*sorted(recipes()))"
         run = subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True, text=True)
         assert set(run.stdout.split()) == expected
 

@@ -13,7 +13,7 @@ from typing import Literal, Union, get_args, get_origin
 import papermill
 import pytest
 
-from anatcxr.cli import run_recipe
+from anatcxr.reproduce.pages import run_recipe
 from notebooks import ROOT, Declaration, declarations, find_notebooks, parameters, parameters_source, read_cells
 
 RECIPES = [*find_notebooks(under="nbs/recipes"), *find_notebooks(under="nbs/results")]

@@ -152,7 +152,7 @@ def landmark_errors(
     pairs: Tensor,                        # (M,2) image numbers: from, to
     frame: str = "same",                  # written into the table
     targets: LandmarkSet | None = None,   # the images that are looked in, if others
-    cells: int = 56,                      # places to an axis of the grid that is searched
+    cells: int = 28,                      # places to an axis of the grid that is searched
     seed: int = 0,                        # of `chance`
 ) -> pd.DataFrame:  # method, frame, query, target, patient (of the query), landmark, error_px, error_pct (of the image width)
     "Distance between found and true landmarks for each method, with `position` and `chance` on the same pairs."
@@ -213,7 +213,7 @@ def _controls(maps: TokenMaps, grey: TokenMaps) -> dict[str, tuple[TokenMaps, To
     "From the features of N images and those of one blank image."
     mean, n = maps.slot_mean(), len(maps.maps[0])
     blank = replace(grey, maps=tuple(m.expand(n, -1, -1, -1) for m in grey.maps))
-    return {"slot mean": (mean, maps), "slot means": (mean, mean), "blank": (blank, maps)}
+    return {"slot mean": (mean, maps), "blank": (blank, maps)}
 
 
 def control_features(
@@ -223,7 +223,7 @@ def control_features(
     maps: TokenMaps,                        # the encoder's features of these images
     blocks: str | Sequence[int] = "all",    # the blocks that `maps` has
 ) -> dict[str, tuple[TokenMaps, TokenMaps]]:  # for `landmark_errors`: ask with the first, look in the second
-    "`slot mean` and `blank` ask each image's own features without having seen patient A; `slot means` looks in means as well."
+    "`slot mean` and `blank` ask each image's own features without having seen patient A."
     return _controls(maps, describe(encoder, torch.full_like(landmarks.images[:1], .5), normalise, blocks))
 
 # %% ../../nbs/7_explain/01_correspondence.ipynb #67011a8a

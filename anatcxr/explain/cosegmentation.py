@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['coordinate_maps', 'brightness_maps', 'elbow', 'border_saliency', 'class_attention', 'Cosegmentation', 'cosegment',
-           'clustering_stability']
+           'grabcut', 'clustering_stability']
 
 # %% ../../nbs/7_explain/03_cosegmentation.ipynb #39a620cd
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
+import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.cluster import KMeans
@@ -100,19 +101,22 @@ def class_attention(
     images: Tensor,                         # (N,1,S,S) in [0,1]
     normalise: Callable[[Tensor], Tensor],  # the method's own
     block: int = -1,
+    batch_size: int = 32,
 ) -> Tensor:                                # (N,h,w) in [0,1]
     "Attention of the class token to every token, mean over heads. Raises `SegmentError` where there is none."
     model, got = encoder.model, []
     if not (isinstance(model, VisionTransformer) and model.has_class_token):
         raise SegmentError(f"{encoder.name or type(model).__name__} has no class token whose attention could be asked; use `border_saliency`")
-    a, training = encoder.blocks[block].attn, encoder.training
-    hook = a.register_forward_pre_hook(lambda m, i: got.append(i[0]))
-    try: encoder.eval().tokens(normalise(images))
+    a, training, device = encoder.blocks[block].attn, encoder.training, next(encoder.parameters()).device
+    def weights(x):  # of the class token, (B,L)
+        B, L, _ = x.shape
+        q, k, _ = a.qkv(x).reshape(B, L, 3, a.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B,heads,L,d)
+        return ((a.q_norm(q[:, :, :1]) * a.scale) @ a.k_norm(k).mT).softmax(-1).mean(1)[:, 0].cpu()
+    hook = a.register_forward_pre_hook(lambda m, i: got.append(weights(i[0])))
+    try:
+        for x in images.split(batch_size): encoder.eval().tokens(normalise(x.to(device)))
     finally: hook.remove(); encoder.train(training)
-    B, L, _ = got[0].shape
-    q, k, _ = a.qkv(got[0]).reshape(B, L, 3, a.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B,heads,L,d)
-    w = ((a.q_norm(q[:, :, :1]) * a.scale) @ a.k_norm(k).mT).softmax(-1).mean(1)[:, 0, model.num_prefix_tokens:]
-    return _unit(w.unflatten(1, encoder.grid))
+    return _unit(torch.cat(got)[:, model.num_prefix_tokens:].unflatten(1, encoder.grid))
 
 # %% ../../nbs/7_explain/03_cosegmentation.ipynb #dcf9c263
 @dataclass(frozen=True)
@@ -167,6 +171,28 @@ def cosegment(
     votes = torch.full((k,), torch.nan) if saliency is None else _votes(d.argmin(1), saliency, k, threshold)
     salient = torch.ones(k, dtype=torch.bool) if saliency is None else votes >= share
     return Cosegmentation(d, centres, votes, salient, maps.size, *getattr(maps, "leads", ())[:1])
+
+# %% ../../nbs/7_explain/03_cosegmentation.ipynb #9abc0002
+def grabcut(
+    images: Tensor,            # (N,1,S,S) in [0,1]
+    segments: Cosegmentation,  # of these images
+    iterations: int = 5,
+) -> Tensor:                   # (N,S,S) int64, -1 for background
+    "Salient segments within the outline that GrabCut finds; images that are all salient, or not at all, stay as they are. Raises `SegmentError`."
+    try: import cv2
+    except ImportError as e: raise SegmentError(f"GrabCut needs OpenCV ({e}): pip install 'anatcxr[grabcut]'") from e
+    if images.shape != (len(segments.distances), 1, segments.size, segments.size):
+        raise SegmentError(f"images are {tuple(images.shape)}; expected the {len(segments.distances)} of {segments.size} px that were segmented")
+    inside = segments.at_pixels(salient_only=True) >= 0
+    for x, m in zip(images, inside):  # m is changed in place
+        if m.all() or not m.any(): continue
+        grey, model = (255 * x[0].clamp(0, 1)).round().byte().numpy(), [np.zeros((1, 65)) for _ in range(2)]
+        mask = np.where(m, cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
+        cv2.setRNGSeed(0)
+        cv2.grabCut(np.repeat(grey[..., None], 3, -1), mask, None, *model, iterations, cv2.GC_INIT_WITH_MASK)
+        m[:] = torch.from_numpy(mask == cv2.GC_PR_FGD)
+    nearest = replace(segments, distances=segments.distances.masked_fill(~segments.salient[:, None, None], 1e9)).at_pixels()
+    return nearest.where(inside, -1)
 
 # %% ../../nbs/7_explain/03_cosegmentation.ipynb #7c0c0dc3
 def clustering_stability(

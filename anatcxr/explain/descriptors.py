@@ -158,5 +158,5 @@ def descriptor_controls(
     landmarks: LandmarkSet,
     maps: TokenMaps,                      # `look` of these images
 ) -> dict[str, tuple[TokenMaps, TokenMaps]]:  # for `landmark_errors`: ask with the first, look in the second
-    "`slot mean`, `slot means` and `blank`, as `control_features`."
+    "`slot mean` and `blank`, as `control_features`."
     return _controls(maps, look(torch.full_like(landmarks.images[:1], .5)))

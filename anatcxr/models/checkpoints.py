@@ -8,7 +8,7 @@ __all__ = ['INITIALISATIONS', 'CheckpointMismatch', 'InitialisationError', 'Init
            'official_decoder']
 
 # %% ../../nbs/3_models/05_checkpoints.ipynb #3c390205
-import argparse, difflib, json, re, sys, zipfile
+import argparse, difflib, json, os, re, sys, zipfile
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from math import isqrt
@@ -79,7 +79,7 @@ def _swin_buffers(state: dict, img_size: int) -> dict:
 
 def _spec(kind: str) -> Initialisation:
     if kind in INITIALISATIONS: return INITIALISATIONS[kind]
-    raise InitialisationError(f"{kind!r} is unknown, did you mean {difflib.get_close_matches(kind, INITIALISATIONS, 1, 0)}? There are {[*INITIALISATIONS]}.")
+    raise InitialisationError(f"{kind!r} is unknown, did you mean {difflib.get_close_matches(kind, INITIALISATIONS, 1, 0)}? There are {[*INITIALISATIONS]}; a run is named run:FOLDER, a published file KEY=FILE.")
 
 
 def _sorted_out(state: dict, spec: Initialisation) -> tuple[dict, dict[str, str], list[str]]:
@@ -218,7 +218,7 @@ def _fetched(full: str, cfg, cache) -> dict:
     except Exception as e:
         raise InitialisationError(
             f"{full}: the hub cannot be reached ({type(e).__name__}: {str(e)[:120]}). Download model.safetensors of huggingface.co/{cfg.hf_hub_id} "
-            f"elsewhere, put it here as FOLDER/{full}.safetensors and pass cache=FOLDER; HF_HUB_OFFLINE=1 saves the minute of waiting.") from e
+            f"elsewhere, put it here as FOLDER/{full}.safetensors and set the environment variable ANATCXR_WEIGHTS=FOLDER; HF_HUB_OFFLINE=1 saves the minute of waiting.") from e
 
 
 def _from_timm(full: str, img_size: int | None, cache, kw: dict) -> tuple[Backbone, Preprocess]:
@@ -254,12 +254,12 @@ def initial_encoder(
     init: str,                    # "scratch", a key of `INITIALISATIONS`, "KEY=file", "timm:name.tag", or "run:folder"
     backbone: str | None = None,  # timm's name or a micro model; None: the published one, or the run's
     img_size: int | None = None,  # px; None: as pretrained
-    cache: str | Path | None = None,  # folder for timm's weights: files put there by hand, and the hub's
+    cache: str | Path | None = None,  # folder for timm's weights: files put there by hand, and the hub's; None: that of ANATCXR_WEIGHTS, if set
     rule: str | None = None,      # how images become square; None: as in training
     **kw,                         # further arguments of `create_backbone`, such as drop_path
 ) -> tuple[Backbone, Preprocess]:
     "Encoder in evaluation mode with all of these weights, and how it wants its images; `InitialisationError`, `CheckpointMismatch`."
-    form, _, rest = init.partition(":")
+    cache, (form, _, rest) = cache or os.environ.get("ANATCXR_WEIGHTS"), init.partition(":")
     name, _, path = init.removeprefix("official:").partition("=")
     if form == "run": encoder, preprocess = _from_run(rest, backbone, img_size, kw)
     elif form == "timm": encoder, preprocess = _from_timm(rest, img_size, cache, kw)

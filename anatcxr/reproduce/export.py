@@ -8,6 +8,7 @@ __all__ = ['ExportError', 'export_timm', 'model_card', 'push_encoder', 'export_g
 
 # %% ../../nbs/8_reproduce/08_export.ipynb #c7283cef
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -38,7 +39,9 @@ _BASES = {"micro_vit": "vit_tiny_patch16_224", "micro_vit_nopos": "vit_tiny_patc
 
 def _weights(run: str | Path, which: str) -> Path:
     "The file of a run's student or teacher."
-    file = Path(run) / f"encoder_{which}.safetensors"
+    file, below = Path(run) / f"encoder_{which}.safetensors", sorted({str(p.parent) for p in Path(run).glob("*/encoder_*.safetensors")})
+    if not Path(run).is_dir(): raise ExportError(f"{run}: no such folder")
+    if not file.is_file() and below: raise ExportError(f"{run}: is no run; did you mean {', '.join(below)}?")
     there = sorted(p.stem.removeprefix("encoder_") for p in Path(run).glob("encoder_*.safetensors"))
     if not file.is_file(): raise ExportError(f"{run}: no encoder of the {which}; the run has {', '.join(there) or 'none: is it a run of pretraining that has ended?'}")
     return file
@@ -105,14 +108,17 @@ def push_encoder(
     private: bool = True,
     api=None,              # a `huggingface_hub.HfApi`; None: one with the user's token
 ) -> str:                  # address of the repository
-    "Upload an exported folder to the Hugging Face hub. Raises `ExportError`, and what the hub raises."
+    "Upload an exported folder to the Hugging Face hub. Raises `ExportError`, also for what the hub refuses."
     if lacks := [f for f in ("model.safetensors", "config.json", "README.md") if not (Path(folder) / f).is_file()]:
         raise ExportError(f"{folder}: without {', '.join(lacks)}; expected a folder of `export_timm`")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id): raise ExportError(f"{repo_id!r}: expected OWNER/NAME")
     if api is None:
         from huggingface_hub import HfApi
         api = HfApi()
-    address = api.create_repo(repo_id, private=private, exist_ok=True)
-    api.upload_folder(repo_id=repo_id, folder_path=str(folder), commit_message="encoder exported by anatcxr")
+    try:
+        address = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=str(folder), commit_message="encoder exported by anatcxr")
+    except Exception as e: raise ExportError(f"{repo_id}: the hub refused it or cannot be reached ({type(e).__name__}: {str(e)[:200]}); {folder} is complete and can be pushed again") from e
     return str(address)
 
 # %% ../../nbs/8_reproduce/08_export.ipynb #ce77dd3f
@@ -167,6 +173,8 @@ def export_features(
     file, (encoder, preprocess) = Path(file), initial_encoder(init, backbone, size)
     if file.suffix not in (".parquet", ".npy"): raise ExportError(f"{file}: expected .parquet or .npy")
     images = ChestXrays(data, *((None, None) if _is_store(data) else (preprocess.size, preprocess.rule)), rows, raw=True, allow_leaks=allow_leaks)
+    if len(images) and images.size != preprocess.size:
+        raise ExportError(f"{data}: a store of {images.size} px, and the encoder takes {preprocess.size}; give the manifest, a store of that size, or size={images.size} for an encoder that can be resized")
     about = dict(weights_hash=state_hash(encoder.state_dict()), data_hash=images.fingerprint, preprocessing_hash=stamp(asdict(preprocess)), ids_hash=stamp(images.table.id.astype(str).tolist()))
     beside = file.with_suffix(".json")
     if file.exists():

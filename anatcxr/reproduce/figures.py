@@ -37,7 +37,7 @@ FIGURE_ROWS = {
     ("peac", "ablations"): ("untrained ViT", "SimMIM ViT", "SimMIM with teacher ViT", "POPAR ViT", "PEAC without local ViT", "PEAC ViT", "PEAC swapped ViT"),
     ("afire", 5): ("untrained ViT", "DINO ViT", "PEAC ViT", "AFiRe ViT", "AFiRe K 64", "AFiRe K 16", "ImageNet DINO ViT"),
     ("afire", 6): ("untrained ViT", "PEAC ViT", "AFiRe ViT", "ImageNet ViT", "ImageNet DINO ViT", "ImageNet MAE ViT"),
-    ("afire", 7): ("untrained ViT", "PEAC ViT", "AFiRe ViT", "ImageNet DINO ViT", "ImageNet MAE ViT"),
+    ("afire", 7): ("untrained ViT", "PEAC ViT", "AFiRe ViT", "PEAC Swin", "ImageNet DINO ViT", "ImageNet MAE ViT"),
 }
 
 

@@ -71,7 +71,9 @@ def start_workers(tasks: Sequence[Task], out: str | Path, workers: int, minutes:
     except ImportError as e: raise TaskError(["several workers need submitit: pip install 'anatcxr[slurm]'"]) from e
     try: executor = submitit.AutoExecutor(Path(out) / "jobs", cluster=cluster)
     except RuntimeError as e: raise TaskError([f"cluster={cluster!r}: {e}"]) from e
-    executor.update_parameters(timeout_min=int(minutes or 60 * 24 * 7) + 1, **slurm)
+    limit = int(minutes + 10) if minutes else 60 * 24 * 7  # runs without steps end by themselves, some minutes late
+    try: executor.update_parameters(**{"timeout_min": limit} | slurm)
+    except (NameError, TypeError, ValueError) as e: raise TaskError([f"options of the jobs {slurm}: {e}"]) from e
     jobs = [executor.submit(_worker, k, workers, [*tasks], str(out), minutes) for k in range(workers)]
     return [j.result() for j in jobs]
 
@@ -94,6 +96,7 @@ def reproduce(
 ) -> list[Path]:
     "Make items: their runs, then their pages. Raises `TaskError` at once if a run could not be started, and after the pages if one has failed."
     items, runs = chosen_items(names), Path(cfg.out) / "runs"
+    if workers < 1: raise TaskError([f"workers={workers}: at least one"])
     tasks = all_tasks(item_plans(items, cfg))
     check_tasks(tasks, runs)
     minutes = cfg.minutes or None

@@ -7,6 +7,7 @@ __all__ = ['RunRecipeConfig', 'PretrainRecipe', 'FinetuneRecipe', 'ProbeRecipe',
            'run_once']
 
 # %% ../../nbs/8_reproduce/09_recipe.ipynb #a3982201
+import json
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
@@ -19,20 +20,25 @@ import pandas as pd
 import torch
 import yaml
 from ..data.manifest import ChestXrays
+from ..data.table import _is_phantom
 from .grid import ENCODERS, pretraining
 from .runs import Task, _config, _kind
 from ..train.checked import Config, ConfigError
 from ..train.config import PRETRAIN
-from ..train.record import read_metrics, read_record, split_stamp
+from ..train.record import load_checkpoint, read_metrics, read_record, split_stamp
 
 # %% ../../nbs/8_reproduce/09_recipe.ipynb #fb770dd5
+_SCALES = ("smoke", "small", "full")
+_ASKED = {"percent", "folds", "fold", "fold_part", "split_seed", "labels", "bootstrap", "precision", "accum", "compile", "eval_batch", "keep_masks", "scale"}  # no settings of the learning
+
+
 @dataclass(frozen=True)
 class RunRecipeConfig(Config, ABC):
     "What all recipes ask for."
     data: str = "phantom:150"  # phantom:N, a manifest (CSV or Parquet) or a packed folder
     out: str = "."             # folder for the run's folder
     seed: int = 0              # of weights, order, views
-    settings: str = ""         # further settings, such as steps and lr, as the text says; empty for none
+    settings: str = ""         # further settings as the text says, with semicolons between; empty for none
     allow_leaks: bool = False  # accept patients or images in more than one split; the record says so
 
     def given(self) -> dict[str, Any]:
@@ -44,14 +50,21 @@ class RunRecipeConfig(Config, ABC):
     @abstractmethod
     def task(self) -> Task: "The run: name of its folder, kind, preset, settings."
 
-    def full(self) -> Config:
-        "The whole configuration of the run. `ConfigError` lists everything that is wrong."
+    def full(self, further: bool = True) -> Config:
+        "The whole configuration of the run, with the further settings or without. `ConfigError` lists everything that is wrong."
         t = self.task()
-        own = dict(data=self.data, seed=self.seed, allow_leaks=self.allow_leaks, out=str(Path(self.out) / self.task().name)) | self.given()
-        return _config(t, t.settings | own)
+        own = dict(data=self.data, seed=self.seed, allow_leaks=self.allow_leaks, out=str(Path(self.out) / t.name))
+        return _config(t, t.settings | own | (self.given() if further else {}))
+
+    def _scale_problems(self):
+        full, most = self.full(), self.full(False).scale
+        changed = [k for k in self.given() if k in full.fixed() and k not in _ASKED]
+        if _SCALES.index(full.scale) > _SCALES.index(most): yield f"settings: scale={full.scale}: larger than that of the preset, {most}"
+        elif full.scale == "full" and changed: yield f"settings: {', '.join(changed)}: at scale full these are the papers'; say scale=small as well to change them"
+        if full.scale == "full" and _is_phantom(self.data): yield f"data={self.data!r}: phantoms are no data of scale full; name a manifest, or take a smaller scale or the preset smoke"
 
     def check(self):
-        self.full()
+        if problems := [*self._scale_problems()]: raise ConfigError(type(self).__name__, problems)
         init = Path(getattr(self, "init", "scratch").removeprefix("run:"))
         if getattr(self, "init", "").startswith("run:") and not (init / "record.json").is_file():
             raise ConfigError(type(self).__name__, [f"init='run:{init}': no finished run there; pretrain first (anatcxr run pretrain --out FOLDER makes FOLDER/pretrain), or choose scratch or imagenet"])
@@ -111,10 +124,15 @@ class AnomalyRecipe(RunRecipeConfig):
 
 # %% ../../nbs/8_reproduce/09_recipe.ipynb #c2ef5e61
 def _left(cfg: Config) -> str:
-    "What an earlier run has left in its folder."
+    "What an earlier run has left in its folder. `ConfigError` if that run had other settings."
     folder = Path(cfg.out)
-    if (folder / "record.json").is_file(): return "a finished run of this folder: kept as it is, if its settings are the same"
-    if (folder / "checkpoint.pt").is_file():
+    there = {} if not cfg.resume else vars(read_record(folder)) if (folder / "record.json").is_file() else load_checkpoint(folder / "checkpoint.pt") if (folder / "checkpoint.pt").is_file() else {}
+    old, new = there.get("settings", {}) | there.get("flags", {}), cfg.fixed()
+    old, new = (json.loads(json.dumps({k: v[k] for k in new if k in old})) for v in (old, new))
+    if other := [f"{k} was {old[k]!r} and is {new[k]!r}" for k in new if old[k] != new[k]]:
+        raise ConfigError(type(cfg).__name__, [f"out={cfg.out!r}: holds a run of other settings ({'; '.join(other)}); choose another `out`, or start over with resume=False"])
+    if "kind" in there: return "a finished run of these settings: kept as it is"
+    if there:
         rows = read_metrics(folder / "metrics.jsonl")
         return f"a checkpoint: goes on after step {rows[-1]['step'] if rows else '?'}"
     return "nothing"

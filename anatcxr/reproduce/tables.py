@@ -4,21 +4,23 @@
 
 # %% auto #0
 __all__ = ['TABLE_ROWS', 'TableConfig', 'DataSource', 'data_sources', 'find_source', 'column_targets', 'TablePlan', 'pack_tasks',
-           'pair_tasks', 'table_plan', 'target_folders', 'table_cells', 'beside_published', 'printed_table',
-           'write_table']
+           'pair_tasks', 'table_plan', 'target_folders', 'table_cells', 'own_row', 'beside_published', 'printed_table',
+           'compared_table', 'write_table']
 
 # %% ../../nbs/8_reproduce/06_tables.ipynb #c8500911
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pandas as pd
 from ..data.manifest import ChestXrays
 from ..data.table import _is_phantom, _is_store, read_manifest
+from ..downstream.significance import not_significantly_different
 from ..models.checkpoints import InitialisationError, initial_encoder
-from .cells import Cell, cell_table, cell_text, runs_cell
+from .cells import Cell, cell_table, cell_text, difference_text, runs_cell
 from .grid import ENCODERS, SCALE_SETTINGS, Encoder, Target, encoder_tasks, target_task
 from .published import PublishedCell, published
 from .runs import Task, TaskError, task_folders
@@ -202,7 +204,7 @@ def table_plan(paper: str, table: int, cfg: TableConfig) -> TablePlan:
     there, cells, headings, why = data_sources(cfg.data, cfg.allow_leaks), {}, {}, {}
     for c in (PublishedCell(**r) for r in published(paper, table).to_dict("records")):
         encoder = ENCODERS.get(TABLE_ROWS[paper, table].get(c.row, ""))
-        problem = "not reimplemented" if encoder is None else _weights_problem(encoder.init, encoder.family, cfg.scale)
+        problem = "not made here" if encoder is None else _weights_problem(encoder.init, encoder.family, cfg.scale)
         if problem: why.setdefault(problem, {})[c.row] = None; continue
         try: targets, source = column_targets(c, there)
         except TaskError as e: why.setdefault(e.problems[0], {})[c.column] = None; continue
@@ -228,26 +230,55 @@ def table_cells(plan: TablePlan, out: str | Path, n: int = 1000) -> dict[str, di
     return found
 
 
+def own_row(paper: str, table: int) -> str:
+    "The row of the paper's own method, with which every other row is compared."
+    return "1 all" if (paper, table) == ("afire", 1) else [*TABLE_ROWS[paper, table]][-1]
+
+
+def _same_as_best(cells: Mapping[str, Mapping[str, Cell]], column: str) -> dict[str, str]:  # row -> "best", "same as best" or ""
+    "The papers' rule: which rows do not differ from the best by a t-test of their seeds; of one seed each nothing can be said."
+    runs = {row: c[column].runs for row, c in cells.items() if column in c and not np.isnan(c[column].value)}
+    if min((len(r) for r in runs.values()), default=0) < 2: return {}
+    rule = not_significantly_different(runs)
+    return {row: "best" if best else "same as best" if same is True else "" for row, best, same in zip(rule.index, rule.best, rule.same.astype(object))}
+
+
 def beside_published(plan: TablePlan, cells: Mapping[str, Mapping[str, Cell]]) -> pd.DataFrame:  # row, column, published, ours, ...; a line for each printed cell
-    "The printed table with our numbers. `CellError` names a column whose numbers do not belong together."
-    ours = cell_table(cells).set_index(["row", "column"]) if cells else pd.DataFrame()
+    "The printed table with our numbers, how far they are from it (`gap`, points; not where other data stand in), and how far from the paper's own method. `CellError` names a column whose numbers do not belong together."
+    ours = cell_table(cells, own_row(plan.paper, plan.table)).set_index(["row", "column"]) if cells else pd.DataFrame()
+    rule = {column: _same_as_best(cells, column) for column in plan.headings}
     lines = []
     for c in (PublishedCell(**r) for r in published(plan.paper, plan.table).to_dict("records")):
         line = dict(row=c.row, column=c.column, published=c.mean, published_sd=c.deviation, measured_on=plan.headings.get(c.column, ""))
-        if (c.row, c.column) in ours.index: line |= ours.loc[(c.row, c.column), ["value", "low", "high", "sd", "seeds", "patients", "scale", "metric"]].to_dict()
+        if (c.row, c.column) in ours.index:
+            line |= ours.loc[(c.row, c.column)].to_dict() | dict(rule=rule[c.column].get(c.row, ""))
+            if "stand-in" not in line["measured_on"] and c.mean is not None: line["gap"] = 100 * line["value"] - c.mean
         lines.append(line)
     return pd.DataFrame(lines)
 
 
-def printed_table(table: pd.DataFrame) -> pd.DataFrame:  # of `beside_published`
-    "As the paper has it, with ours below each published number; scale and data are said in the headings."
-    def text(r):
-        said = "?" if pd.isna(r.published) else f"{r.published:g}" + ("" if pd.isna(r.published_sd) else f" ± {r.published_sd:g}")
-        return said if pd.isna(r.get("value")) else f"{said} | {r['scale']}: {cell_text(r)}"
+def _as_printed(table: pd.DataFrame, text: Callable, corner: str) -> pd.DataFrame:
     heads = {c: f"{c} on {h}" if h else c for c, h in table.groupby("column").measured_on.first().items()}
     wide = table.assign(text=table.apply(text, axis=1), head=table.column.map(heads)).pivot(index="row", columns="head", values="text")
     order = [heads[c] for c in table.column.unique()]
-    return wide.reindex(index=table.row.unique(), columns=order).fillna("-").rename_axis(index="published | ours", columns=None)
+    return wide.reindex(index=table.row.unique(), columns=order).fillna("-").rename_axis(index=corner, columns=None)
+
+
+def printed_table(table: pd.DataFrame) -> pd.DataFrame:  # of `beside_published`
+    "As the paper has it, with ours beside each published number and the gap in brackets; scale and data are said in the headings."
+    def text(r):
+        said = "?" if pd.isna(r.published) else f"{r.published:g}" + ("" if pd.isna(r.published_sd) else f" ± {r.published_sd:g}")
+        return said if pd.isna(r.get("value")) else f"{said} | {r['scale']}: {cell_text(r)}" + ("" if pd.isna(r.get("gap")) else f" ({r.gap:+.1f})")
+    return _as_printed(table, text, "published | ours")
+
+
+def compared_table(table: pd.DataFrame) -> pd.DataFrame:  # of `beside_published`
+    "Each row of ours less the paper's own method on the same patients: interval, p of the papers' test (undefined with one seed), and their rule."
+    def text(r):
+        if pd.isna(r.get("value")): return "-"
+        p = "" if pd.isna(r.get("p")) else f", p {r.p:.3f}, Holm {r.p_holm:.3f}"
+        return "; ".join(t for t in (difference_text(r) + p, r["rule"]) if t) or "the own method"
+    return _as_printed(table[table.row.isin(table.row[table.value.notna()])] if "value" in table else table.iloc[:0], text, "ours less the own method")
 
 
 def write_table(table: pd.DataFrame, folder: str | Path, name: str) -> list[Path]:  # of `printed_table` -> its files
