@@ -107,4 +107,5 @@ FINETUNE_PRESETS = {
     "afire_1": dict(_MACO, percent=1, lr=8.5e-3, steps=2000, warmup=50., eval_every=100),
     "smoke": dict(backbone="micro_vit", size=64, epochs=8, batch_size=16, lr=1e-3, crop_scale=(.5, 1.), bootstrap=200,
                   scale="smoke"),
+    "small": dict(size=224, resize=224, epochs=20, batch_size=32, lr=1e-4, crop_scale=(.5, 1.), layer_decay=.75, precision="bf16", scale="small"),
 }

@@ -104,6 +104,7 @@ class SegmentConfig(Config):
 # %% ../../nbs/6_downstream/04_segment_settings.ipynb #84ccbcc0
 SEGMENT_PRESETS = {
     "smoke": {},
+    "small": dict(scale="small", size=224, steps=600, batch_size=16, lr=5e-4, layer_decay=.75, precision="bf16"),
     # not known: width of the decoder; warm-up, weight decay, clip and drop path are those of its classification
     "peac": dict(
         scale="full", backbone="swin_base_patch4_window7_224", size=448, rule="squash", channels=256, epochs=500, steps=None, batch_size=20,

@@ -15,6 +15,8 @@ from typing import Literal
 
 import pandas as pd
 from ..data.manifest import ChestXrays
+from ..downstream.classify_config import FINETUNE_PRESETS
+from ..downstream.segment_settings import SEGMENT_PRESETS
 from .cells import Cell, cell
 from .runs import Task, TaskError, task_folders
 from ..methods.afire import AFIRE_TABLE1
@@ -24,6 +26,9 @@ from ..train.config import MICRO_AFIRE, MICRO_PEER, SMALL_AFIRE
 # %% ../../nbs/8_reproduce/05_grid.ipynb #543be9e2
 _PEAC = dict(n=10, m=16, k=7, mlp_global="256-256-256", mlp_local="256-256-256", drop_path=0., ema_base=.99, batch_size=32)
 _POPAR = dict(epochs=400, steps=None, optimiser="sgd", lr=.1, weight_decay=0., warmup=5 / 400, clip=None)  # PEAC's own are not published
+def _less_scale(preset: dict) -> dict: return {k: v for k, v in preset.items() if k != "scale"}  # which is said once for all runs
+
+
 SCALE_SETTINGS = {
     "smoke": dict(
         size=112, sizes=dict(resnet=96), seed_size=160, half=64, vit="micro_vit", swin="micro_swin", resnet="resnet10t", afire=MICRO_AFIRE | dict(lr=1e-3, steps=400, batch_size=32),
@@ -38,8 +43,7 @@ SCALE_SETTINGS = {
         peer=dict(steps=3000, batch_size=64, source=224, rule="squash", precision="bf16"),
         peac_vit=dict(n=19, m=16, k=14, lr=5e-4, steps=3000, batch_size=64, ema_base=.99, precision="bf16"),
         peac_swin=dict(n=9, m=32, k=7, lr=5e-4, steps=3000, batch_size=64, ema_base=.99, precision="bf16"),
-        finetune=dict(size=224, resize=224, epochs=20, batch_size=32, lr=1e-4, crop_scale=(.5, 1.), layer_decay=.75, precision="bf16"),
-        segment=dict(size=224, steps=600, batch_size=16, lr=5e-4, layer_decay=.75, precision="bf16"), probe=dict(size=224, precision="bf16"), landmarks=dict(size=224),
+        finetune=_less_scale(FINETUNE_PRESETS["small"]), segment=_less_scale(SEGMENT_PRESETS["small"]), probe=dict(size=224, precision="bf16"), landmarks=dict(size=224),
         anomaly=dict(steps=1000, batch_size=32, precision="bf16")),
     "full": dict(
         size=224, seed_size=608, half=224, vit="vit_base_patch16_224", swin="swin_base_patch4_window7_224", resnet="resnet50",

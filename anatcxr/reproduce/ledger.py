@@ -132,6 +132,6 @@ def ledger_table(effects: pd.DataFrame | None = None, lesions: pd.DataFrame | No
     table = pd.DataFrame([dict(method=d.method, where=d.where, paper=d.paper, released=d.released, flag=d.flag or f"none: {d.reason}",
                                values=" / ".join(map(str, dict.fromkeys(d.values)))) for d in LEDGER])
     if effects is None: return table
-    said = {(r.method, r.flag): f"loss {r.loss:+.0%}, cosine {r.cosine:.3f}" for r in effects.itertuples()}
+    said = {(r.method, r.flag): "not seen on one batch" if r.loss == 0 and r.cosine > 1 - 1e-6 else f"loss {r.loss:+.0%}, cosine {r.cosine:.3f}" for r in effects.itertuples()}
     if lesions is not None: said |= {("lesions", r.flag): f"{r.lesion:.1%} lesion, {r.outside:.2%} outside" for r in lesions.itertuples()}
     return table.assign(effect=[said.get((d.method, d.flag), "-") for d in LEDGER])

@@ -88,7 +88,7 @@ class PretrainRecipe(RunRecipeConfig):
 class FinetuneRecipe(RunRecipeConfig):
     "Settings of the recipe `finetune`."
     init: str = "scratch"      # weights to start from: run:FOLDER, imagenet, timm:NAME.TAG, or an official file
-    preset: str = "smoke"      # smoke; peac (448 px), peac_224, afire, afire_10, afire_1: the papers' settings
+    preset: str = "smoke"      # smoke, small; peac (448 px), peac_224, afire, afire_10, afire_1, benchmark, refers: published settings
     task_kind: Literal["multilabel", "multiclass", "binary"] = "binary"  # columns y_...; values of a column; normal or not
 
     def task(self) -> Task: return Task("finetune", "finetune", dict(init=self.init, task=self.task_kind), self.preset)
@@ -108,7 +108,7 @@ class ProbeRecipe(RunRecipeConfig):
 class SegmentRecipe(RunRecipeConfig):
     "Settings of the recipe `segment`."
     init: str = "scratch"      # weights to start from: run:FOLDER, imagenet, timm:NAME.TAG, or an official file
-    preset: str = "smoke"      # smoke; peac: JSRT's organs; afire: SIIM-ACR's pneumothorax
+    preset: str = "smoke"      # smoke, small; peac: JSRT's organs; afire: SIIM-ACR's pneumothorax
     mask: str = "lung"         # organ
 
     def task(self) -> Task: return Task("segment", "segment", dict(init=self.init, mask=self.mask), self.preset)
