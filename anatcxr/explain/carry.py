@@ -63,7 +63,9 @@ def best_buddies(
 def diverse_pairs(
     query, target, a: int, b: int,  # as for `best_buddies`
     n: int = 10,                    # pairs; fewer if there are fewer buddies
-    cells: int = 56, saliency: tuple[Tensor, Tensor] | None = None, threshold: float = .05,
+    cells: int = 56,                # places to an axis of the grid that is searched
+    saliency: tuple[Tensor, Tensor] | None = None,  # of images a and b, (cells,cells) each in [0,1]; None: everything is salient
+    threshold: float = .05,         # saliency that a place must have
     seed: int = 0,                  # of k-means
 ) -> Buddies:
     "The best buddies of n clusters of their descriptors (Amir et al. 2021). Raises `CarryError` if there are none."
@@ -78,7 +80,11 @@ def diverse_pairs(
 def carry_points(
     features,               # of all images: `TokenMaps` or `PixelPatches`
     images: Sequence[int],  # image numbers; the points are found on the first two
-    n: int = 10, cells: int = 56, saliency: tuple[Tensor, Tensor] | None = None, threshold: float = .05, seed: int = 0,
+    n: int = 10,            # pairs, at most
+    cells: int = 56,        # places to an axis of the grid that is searched
+    saliency: tuple[Tensor, Tensor] | None = None,  # of the first two images, as for `diverse_pairs`
+    threshold: float = .05,  # saliency that a place must have
+    seed: int = 0,          # of k-means
 ) -> Tensor:                # (len(images),K,2) px, K at most n
     "Diverse pairs of the first two images; the points of the first are looked for in all others, as in PEAC's Figure 5."
     if len(images) < 2: raise CarryError(f"images={list(images)}: expected at least two, to find points on")

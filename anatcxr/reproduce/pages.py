@@ -75,7 +75,7 @@ def _absolute(data):
 def _absolute_init(init, out: Path):
     "`run:FOLDER`, `peac=FILE` or a plain path made absolute, where that exists from here or from the folder of the report."
     if not isinstance(init, str): return init
-    head = re.match(r"run:|(\w+:)?\w+=|", init)[0]
+    head = re.match(r"run:|([\w-]+:)?[\w-]+=|", init)[0]
     found = [p for p in (Path(init[len(head):]), Path(out) / init[len(head):]) if init[len(head):] and p.exists()]
     return f"{head}{found[0].resolve()}" if found else init
 
