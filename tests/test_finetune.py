@@ -122,7 +122,7 @@ PROTOCOLS = {
 
 
 def test_every_preset_of_a_code_base_is_in_the_table():
-    assert {*PROTOCOLS, "smoke"} == {*FINETUNE_PRESETS}
+    assert {*PROTOCOLS, "smoke", "small"} == {*FINETUNE_PRESETS}
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)

@@ -79,7 +79,7 @@ def test_presets_build_at_full_size(name, parameters):
 
 
 def test_presets_are_settings():
-    assert {*SEGMENT_PRESETS} == {"peac", "afire", "smoke"}
+    assert {*SEGMENT_PRESETS} == {"peac", "afire", "smoke", "small"}
     peac = SegmentConfig.preset("peac", data="x")
     assert (peac.size, peac.epochs, peac.batch_size, peac.patience, peac.loss, peac.rotate) == (448, 500, 20, 100, "dice_bce", 10)
     assert peac.lr == pytest.approx(1e-3 * 20 / 512)
