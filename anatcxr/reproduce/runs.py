@@ -220,8 +220,9 @@ def run_costs(tasks: Sequence[Task], out: str | Path) -> pd.DataFrame:  # kind -
     "What the finished runs took, whenever they were made; stores keep no time."
     folders, rows = task_folders(tasks, out), []
     for t in tasks:
-        r = read_record(folders[t.name]) if t.kind != "pack" and _done(t, folders[t.name]) else None
-        rows.append((t.kind, _done(t, folders[t.name]), (r and r.seconds or 0) / 3600, str(r.environment.get("device_name") or r.environment.get("device")) if r else ""))
+        done = _done(t, folders[t.name])
+        r = read_record(folders[t.name]) if done and t.kind != "pack" else None
+        rows.append((t.kind, done, (r and r.seconds or 0) / 3600, str(r.environment.get("device_name") or r.environment.get("device")) if r else ""))
     table = pd.DataFrame(rows, columns=["kind", "done", "hours", "device"]).groupby("kind")
     return table.agg(runs=("done", "size"), done=("done", "sum"), hours=("hours", "sum"), device=("device", lambda d: ", ".join(sorted({*d} - {""})))).round({"hours": 3})
 
